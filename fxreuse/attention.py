@@ -1,0 +1,120 @@
+"""What an attention is to this package: the vocabulary that recognition, plans and passes share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+from tabulate import tabulate
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteNodes:
+    """The names of an attention's nodes in the program's graph.
+
+    ``map`` is the node whose value is the attention map before dropout: a softmax, or the fused operator itself.
+    ``contexts`` are the nodes that contract the map with values (several where one map has several consumers);
+    of a fused operator it is the operator.
+    """
+
+    map: str
+    contexts: tuple[str, ...]
+    query: str | None
+    key: str | None
+    values: tuple[str, ...]
+    mask: str | None
+    scores: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a model.
+
+    ``path`` is the module call that it happens in (``encoder.layer.3.attention.self``; ``a.b@1`` is the second call of
+    ``a.b``) and ``order`` its number among the softmaxes and fused attentions of that call. ``stack`` names the stack
+    that it belongs to and ``layer`` its place there. ``map_shape`` is the symbolic shape of its map,
+    ``(batch, heads, queries, keys)``. ``mask`` names what masks it (``"none"``, ``"causal"``, ``"padding"`` …);
+    two sites whose ``mask_key`` are equal are masked by the same values. ``bias`` says what is added to its scores.
+    """
+
+    path: str
+    order: int
+    stack: str
+    layer: int
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    fused: bool
+    map_shape: tuple[Any, ...]
+    mask: str
+    mask_key: str
+    bias: str
+    nodes: SiteNodes
+
+    def __str__(self) -> str:
+        return self.path if self.order == 0 else f"{self.path}#{self.order}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A softmax that was not taken as an attention, and the reason."""
+
+    path: str
+    node: str
+    reason: str
+    source: str = ""
+
+
+class AttentionSites(Sequence[AttentionSite]):
+    """The attentions of a model in the order of execution, with what was not taken and why. Prints as a table."""
+
+    def __init__(self, sites: Sequence[AttentionSite], rejected: Sequence[Rejected] = ()) -> None:
+        self._sites = tuple(sites)
+        self.rejected = tuple(rejected)
+
+    @overload
+    def __getitem__(self, index: int) -> AttentionSite: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[AttentionSite]: ...
+    def __getitem__(self, index: int | slice) -> AttentionSite | Sequence[AttentionSite]:
+        return self._sites[index]
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __iter__(self) -> Iterator[AttentionSite]:
+        return iter(self._sites)
+
+    @property
+    def stacks(self) -> dict[str, tuple[AttentionSite, ...]]:
+        """The sites of every stack, in layer order."""
+        stacks: dict[str, list[AttentionSite]] = {}
+        for site in self._sites:
+            stacks.setdefault(site.stack, []).append(site)
+        return {name: tuple(sorted(sites, key=lambda s: s.layer)) for name, sites in stacks.items()}
+
+    def __str__(self) -> str:
+        headers = ["stack", "layer", "site", "kind", "heads", "head dim", "map", "fused", "mask", "bias"]
+        rows = [
+            [
+                site.stack,
+                site.layer,
+                str(site),
+                site.kind,
+                site.heads if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}",
+                site.head_dim if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}",
+                "×".join(str(size) for size in site.map_shape),
+                "yes" if site.fused else "no",
+                site.mask,
+                site.bias,
+            ]
+            for site in self._sites
+        ]
+        lines = [tabulate(rows, headers=headers, disable_numparse=True)] if rows else ["no attention found"]
+        lines += [f"not attention: {r.path or '(root)'} {r.node}: {r.reason}" for r in self.rejected]
+        return "\n".join(lines)
+
+    __repr__ = __str__

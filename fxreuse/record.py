@@ -1,0 +1,84 @@
+"""What a rewrite decided, site by site, and what it removed and added: the data behind `fxreuse.describe`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from tabulate import tabulate
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was done with one attention site, and why.
+
+    ``action`` is ``"keep"`` (computes its own map, nobody else uses it), ``"lead"`` (computes the map of its group),
+    ``"follow"`` (uses the map of ``leader``) or ``"skip"`` (left alone; ``reason`` says why).
+    """
+
+    site: str
+    stack: str
+    layer: int
+    action: str
+    leader: str | None = None
+    lowering: str | None = None
+    reason: str = ""
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """Something about the capture that its user has to know.
+
+    ``kind`` is ``"training"`` (behaviour in training mode that the rewritten model does not have), ``"size"`` (a
+    dimension that was specialised), ``"mask"`` (a mask that was proved trivial), ``"outline"`` (a layer that stayed in
+    the flat graph) or ``"capture"``.
+    """
+
+    kind: str
+    where: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The record of a rewrite: plan, stacks, one decision per site, parameters removed and added.
+
+    Printing it gives a table.
+    """
+
+    plan: str
+    stacks: Mapping[str, int]
+    decisions: tuple[Decision, ...]
+    removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def parameters_removed(self) -> int:
+        """Number of scalar parameters that the rewritten model does not have any more."""
+        return sum(self.removed.values())
+
+    @property
+    def parameters_added(self) -> int:
+        """Number of scalar parameters that the rewritten model has in addition."""
+        return sum(self.added.values())
+
+    def __str__(self) -> str:
+        rows = [
+            [d.layer, d.site, d.action, d.leader or "", d.lowering or "", d.reason] for d in self.decisions
+        ]
+        table = tabulate(rows, headers=["layer", "site", "action", "leader", "lowering", "why"], disable_numparse=True)
+        lines = [
+            f"plan {self.plan}",
+            "stacks " + ", ".join(f"{name} ({count} layers)" for name, count in self.stacks.items()),
+            table,
+            f"parameters removed {self.parameters_removed:,}, added {self.parameters_added:,}",
+        ]
+        lines += [f"note [{note.kind}] {note}" for note in self.notes]
+        return "\n".join(lines)
