@@ -1,1 +1,8 @@
-"""The analytic cost model."""
+"""The analytic cost model: parameters, multiply-accumulates and attention-map bytes, exact, in symbolic sizes."""
+
+from .count import Counts, count
+from .macs import formula, macs_of
+from .maps import AttentionMap
+from .summary import Numbers, Summary, summarise
+
+__all__ = ["AttentionMap", "Counts", "Numbers", "Summary", "count", "formula", "macs_of", "summarise"]

@@ -1,5 +1,36 @@
-"""A compiler for cross-layer redundancy in Transformers."""
+"""A compiler for cross-layer redundancy in Transformers.
 
+`apply` captures any Transformer as one `torch.fx` graph, finds its attentions by data flow, and lets groups of layers
+share one attention map. `find_attention` shows what was found, `describe` what was done, `verify` whether it is right
+and what it gains.
+"""
+
+from .apply import apply, describe, find_attention
+from .attention import AttentionSite, AttentionSites
 from .errors import CaptureError, FxReuseError, InputError, PlanError, UnsupportedError
+from .plan import Plan
+from .record import Decision, Note, Record
+from .verify import Verification, verify
+from .warn import TrainingWarning
 
-__all__ = ["CaptureError", "FxReuseError", "InputError", "PlanError", "UnsupportedError"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionSite",
+    "AttentionSites",
+    "CaptureError",
+    "Decision",
+    "FxReuseError",
+    "InputError",
+    "Note",
+    "Plan",
+    "PlanError",
+    "Record",
+    "TrainingWarning",
+    "UnsupportedError",
+    "Verification",
+    "apply",
+    "describe",
+    "find_attention",
+    "verify",
+]

@@ -15,7 +15,8 @@ class SiteNodes:
 
     ``map`` is the node whose value is the attention map before dropout: a softmax, or the fused operator itself.
     ``contexts`` are the nodes that contract the map with values (several where one map has several consumers);
-    of a fused operator it is the operator.
+    of a fused operator it is the operator. ``query`` and ``key`` are the operands of the product that makes the scores
+    and ``scores`` the input of the softmax; ``mask`` is the ``attn_mask`` of a fused operator. What is not there is None.
     """
 
     map: str
@@ -33,8 +34,8 @@ class AttentionSite:
 
     ``path`` is the module call that it happens in (``encoder.layer.3.attention.self``; ``a.b@1`` is the second call of
     ``a.b``) and ``order`` its number among the softmaxes and fused attentions of that call. ``stack`` names the stack
-    that it belongs to and ``layer`` its place there. ``map_shape`` is the symbolic shape of its map,
-    ``(batch, heads, queries, keys)``. ``mask`` names what masks it (``"none"``, ``"causal"``, ``"padding"`` …);
+    that it belongs to, ``layer`` its place there and ``layer_path`` the module call that is this layer.
+    ``map_shape`` is the symbolic shape of its map, ``(batch, heads, queries, keys)``. ``mask`` names what masks it (``"none"``, ``"causal"``, ``"padding"`` …);
     two sites whose ``mask_key`` are equal are masked by the same values. ``bias`` says what is added to its scores.
     """
 
@@ -42,6 +43,7 @@ class AttentionSite:
     order: int
     stack: str
     layer: int
+    layer_path: str
     kind: str
     heads: int
     kv_heads: int

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,35 +21,65 @@ from torch.utils import _pytree as pytree
 
 from .record import Note
 
+# ``meta`` key of nodes that name a floating dtype because the model's parameters or inputs have it.
+FOLLOWS = "follows_dtype"
+
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """A condition on the inputs under which the graph is the model: ``source`` is a Python expression.
+    """A condition on the inputs under which the graph is the model.
 
-    ``names`` are the inputs it speaks of, ``source`` reads sizes as ``size('input_ids', 1)`` and values of plain
-    arguments as ``value('flag')``; ``text`` is the sentence for people.
+    ``source`` is a Python expression that reads sizes as ``size('input_ids', 1)``; ``text`` says it in words.
     """
 
     source: str
-    names: tuple[str, ...]
     text: str
+
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """The (leaf, dimension) pairs that the condition speaks of, each once, in order."""
+        found = re.findall(r"size\((\"[^\"]*\"|'[^']*'), (\d+)\)", self.source)
+        return tuple(dict.fromkeys((leaf[1:-1], int(dim)) for leaf, dim in found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """One argument that the capture saw: its pytree structure and, for every leaf, a tensor's name or a constant.
+
+    ``leaves`` has a `Leaf` for a tensor; anything else in it is a constant that a call has to repeat.
+    """
+
+    name: str
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A tensor among the inputs, by name: ``input_ids``, or ``inputs['x'][0]`` for one inside a structure."""
+
+    name: str
+    ndim: int
 
 
 @dataclasses.dataclass(frozen=True)
 class CallingConvention:
     """How the captured model is called, and what it gives back.
 
-    ``parameters`` is the signature of the original ``forward``. ``captured`` maps the name of every argument that the
-    capture saw to its example value (tensors replaced by None); an argument that is not in it was left at its default.
-    ``leaves`` are the names of the tensor leaves, in the order of the graph's placeholders: ``"input_ids"``, or
-    ``"inputs['x'][0]"`` for a nested one.
+    ``parameters`` is the signature of the original ``forward``. ``arguments`` are those that the capture saw, in
+    order; the placeholders of the graph are their tensor leaves. Any other argument was left at its default:
+    ``accepted`` has, by name, the values that mean the same (``return_dict=None`` is True where the configuration says
+    so).
     """
 
     parameters: tuple[inspect.Parameter, ...]
-    captured: Mapping[str, Any]
-    in_spec: pytree.TreeSpec
-    leaves: tuple[str, ...]
+    arguments: tuple[Argument, ...]
     out_spec: pytree.TreeSpec
+    accepted: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """The tensor leaves, in the order of the graph's placeholders."""
+        return tuple(leaf for argument in self.arguments for leaf in argument.leaves if isinstance(leaf, Leaf))
 
 
 @dataclasses.dataclass
@@ -62,6 +93,8 @@ class Program:
     notes: tuple[Note, ...] = ()
     non_persistent: frozenset[str] = frozenset()
     containers: Mapping[str, type[torch.nn.Module]] = dataclasses.field(default_factory=dict)
+    mode_modules: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
+    attention_dropout: Mapping[tuple[str, int], float] = dataclasses.field(default_factory=dict)
     layerdrop: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -104,33 +137,37 @@ class Program:
 def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module with the same graph (node names and meta kept) over a tree of its own that shares all tensors."""
     graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(module.graph, mapping)
-    result = graph.output(output)
-    result.meta = copy.copy(module.graph.output_node().meta)
-    return fx.GraphModule(share_tree(module), graph, module.__class__.__name__)
+    output = graph.graph_copy(module.graph, {})
+    graph.output(output).meta = copy.copy(module.graph.output_node().meta)
+    return graph_module(share_tree(module), graph)
+
+
+def graph_module(tree: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module over a whole tree: what the graph does not read stays, and so does what is not persistent."""
+    made = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+        made.__dict__[key] = tree.__dict__[key]
+    made.__dict__.update({key: value for key, value in tree.__dict__.items() if isinstance(value, torch.Tensor)})
+    made.graph = graph
+    return made
 
 
 def share_tree(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a module tree whose parameters, buffers and leaf attributes are the same objects.
+    """A copy of a module tree whose parameters, buffers and tensor attributes are the same objects.
 
-    Modules that have code of their own (Dropout, BatchNorm) are copied one by one, hooks left behind; every other one
-    becomes a plain container.
+    Modules that have code of their own (Dropout, BatchNorm) are copied one by one; every other one becomes a plain
+    container. Graph modules below the root, which export makes of regions, are copied with their graphs.
     """
     if isinstance(module, fx.GraphModule) or type(module) is torch.nn.Module:
         twin = torch.nn.Module()
-        for key, value in module.__dict__.items():
-            if isinstance(value, torch.Tensor):
-                twin.__dict__[key] = value
+        twin.__dict__.update({key: value for key, value in module.__dict__.items() if isinstance(value, torch.Tensor)})
     else:
         twin = copy.copy(module)
-        for hooks in [key for key in twin.__dict__ if key.endswith("_hooks")]:
-            twin.__dict__[hooks] = type(twin.__dict__[hooks])()
-    twin.__dict__["_parameters"] = dict(module._parameters)
-    twin.__dict__["_buffers"] = dict(module._buffers)
-    twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    for key in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        twin.__dict__[key] = copy.copy(module.__dict__[key])
     twin.__dict__["_modules"] = {
-        name: None if child is None else share_tree(child) for name, child in module._modules.items()
+        name: copy_graph_module(child) if isinstance(child, fx.GraphModule) else child and share_tree(child)
+        for name, child in module._modules.items()
     }
     twin.training = module.training
     return twin

@@ -58,6 +58,7 @@ class Record:
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     added: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[Note, ...] = ()
+    buffers_removed: tuple[str, ...] = ()
 
     @property
     def parameters_removed(self) -> int:
@@ -70,9 +71,7 @@ class Record:
         return sum(self.added.values())
 
     def __str__(self) -> str:
-        rows = [
-            [d.layer, d.site, d.action, d.leader or "", d.lowering or "", d.reason] for d in self.decisions
-        ]
+        rows = [[d.layer, d.site, d.action, d.leader or "", d.lowering or "", d.reason] for d in self.decisions]
         table = tabulate(rows, headers=["layer", "site", "action", "leader", "lowering", "why"], disable_numparse=True)
         lines = [
             f"plan {self.plan}",

@@ -1,0 +1,167 @@
+"""What is added to the product of queries and keys, split into masks and biases.
+
+A mask is a maximal part of the addend, or the condition of a selection, that depends on no parameter. What depends
+on one is bias: it belongs to the attention as its projections do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import fx
+
+from .axes import sizes
+from .contractions import contraction
+from .flow import Flow
+from .follow import SAME_VALUE, arguments, aten, followable, is_elementwise, packet
+from .value_numbers import ValueNumbers, digest
+
+_SELECTIONS = frozenset({aten.where, aten.masked_fill})
+_SCALINGS = frozenset({aten.mul, aten.multiply, aten.div, aten.divide, aten.true_divide})
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A mask: the values that are added, or a condition of which ``keeps`` says what it does where it holds.
+
+    ``keeps`` is None for values; True where the condition lets scores through, False where it replaces them.
+    ``number`` is the same for masks that mask by the same values. It is ``hard`` if what it does not let through
+    gets no weight at all, and nothing else is done to it.
+    """
+
+    node: fx.Node
+    keeps: bool | None
+    number: str
+    hard: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Addends:
+    """The masks and the biases of an attention."""
+
+    masks: tuple[Mask, ...]
+    biases: tuple[fx.Node, ...]
+
+
+def split_addends(top: fx.Node, spine: tuple[fx.Node, ...], flow: Flow, numbers: ValueNumbers) -> Addends:
+    """Masks and biases of the scores ``top``; ``spine`` are the nodes between their product and them.
+
+    For a fused attention ``top`` is its ``attn_mask``, and the spine is empty.
+    """
+    splitter = _Splitter(frozenset(spine), flow, numbers)
+    splitter.split(top, ())
+    return Addends(tuple(splitter.masks), tuple(splitter.biases))
+
+
+class _Splitter:
+    def __init__(self, spine: frozenset[fx.Node], flow: Flow, numbers: ValueNumbers) -> None:
+        self._spine = spine
+        self._flow = flow
+        self._numbers = numbers
+        self.masks: list[Mask] = []
+        self.biases: list[fx.Node] = []
+
+    def split(self, node: fx.Node, outer: tuple[str, ...]) -> None:
+        """``outer`` are the numbers of what is done to the value on its way to the softmax."""
+        flow = self._flow
+        if node not in self._spine and node not in flow.parameters:
+            self._mask(node, True if _is_condition(node) else None, outer)
+            return
+        op = packet(node)
+        found = contraction(node)
+        if node in self._spine and found is not None:
+            if found.addend is not None:
+                self.split(found.addend, (*outer, self._signature(node)) if node.kwargs.get("beta", 1) != 1 else outer)
+            return
+        if op is aten.add or op is aten.sub or op is aten.subtract:
+            self._sum(node, outer)
+        elif op in _SELECTIONS and self._condition(node) not in flow.parameters:
+            self._selection(node, outer)
+        elif node in self._spine:
+            self._transformed(node, outer)
+        elif op in SAME_VALUE or (self._is_layout(node) and not is_elementwise(node)):
+            self._transformed(node, outer)
+        else:
+            self.biases.append(node)
+
+    def _sum(self, node: fx.Node, outer: tuple[str, ...]) -> None:
+        first, second = node.args[:2]
+        negated = packet(node) is not aten.add or node.kwargs.get("alpha", 1) != 1
+        for operand, changed in ((first, False), (second, negated)):
+            if isinstance(operand, fx.Node) and operand.meta["val"] is not None and hasattr(operand.meta["val"], "shape"):
+                self.split(operand, (*outer, self._signature(node)) if changed else outer)
+
+    def _selection(self, node: fx.Node, outer: tuple[str, ...]) -> None:
+        """``where`` and ``masked_fill``: the condition is a mask, and of its two values one is the scores."""
+        condition = self._condition(node)
+        named = arguments(node)
+        if packet(node) is aten.masked_fill:
+            branches = [(named["self"], False), (named["value"], True)]
+        else:
+            branches = [(named["self"], True), (named["other"], False)]
+        carried = [(value, holds) for value, holds in branches if self._carries(value)]
+        fills = [value for value, _ in branches if not self._carries(value)]
+        keeps = carried[0][1] if len(carried) == 1 else True
+        self._mask(condition, keeps, (*outer, *map(self._fill, fills)))
+        for value, _ in carried:
+            self.split(value, outer)
+
+    def _carries(self, value: object) -> bool:
+        return isinstance(value, fx.Node) and (value in self._spine or value in self._flow.parameters)
+
+    def _fill(self, value: object) -> str:
+        """A filling value; the huge negative ones, of which every softmax makes zero, are all one."""
+        if isinstance(value, fx.Node):
+            return self._numbers(value)
+        assert isinstance(value, (int, float))
+        return "drop" if value < -1e9 or math.isinf(value) else repr(float(value))
+
+    def _condition(self, node: fx.Node) -> fx.Node:
+        named = arguments(node)
+        condition = named["mask"] if packet(node) is aten.masked_fill else named["condition"]
+        assert isinstance(condition, fx.Node)
+        return condition
+
+    def _transformed(self, node: fx.Node, outer: tuple[str, ...]) -> None:
+        """Through an operator on the way to the softmax: it acts on the masks below it."""
+        operands = [o for o in node.all_input_nodes if hasattr(o.meta.get("val"), "shape")]
+        inside = (*outer, self._signature(node)) if packet(node) not in SAME_VALUE else outer
+        for operand in operands:
+            if operand in self._spine or operand in self._flow.parameters:
+                self.split(operand, inside)
+            elif packet(node) in _SCALINGS and sizes(operand):
+                self._mask(operand, None, (*outer, "factor"))
+
+    def _is_layout(self, node: fx.Node) -> bool:
+        return bool(followable(node, self._flow.program)) and len(node.all_input_nodes) > 0
+
+    def _signature(self, node: fx.Node) -> str:
+        """What an operator does, apart from the values that carry scores or parameters."""
+        texts = []
+        for argument in (*node.args, *(node.kwargs[key] for key in sorted(node.kwargs))):
+            if isinstance(argument, fx.Node):
+                texts.append("·" if self._carries(argument) else self._numbers(argument))
+            elif not isinstance(argument, (list, tuple)):
+                texts.append(repr(argument))
+        return digest(str(packet(node)), str(sizes(node)), *texts)
+
+    def _mask(self, node: fx.Node, keeps: bool | None, outer: tuple[str, ...]) -> None:
+        node, keeps = _without_negation(node, keeps)
+        fill = tuple(text for text in outer if text != "drop") if keeps is not None else outer
+        number = digest("mask", self._numbers(node), str(keeps), *fill)
+        self.masks.append(Mask(node, keeps, number, hard=keeps is not None and not fill))
+
+
+def _is_condition(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return not value.is_floating_point() and str(value.dtype) == "torch.bool"
+
+
+def _without_negation(node: fx.Node, keeps: bool | None) -> tuple[fx.Node, bool | None]:
+    while keeps is not None and packet(node) in (aten.logical_not, aten.bitwise_not) and _is_condition(node):
+        operand = node.args[0]
+        if not isinstance(operand, fx.Node) or not _is_condition(operand):
+            break
+        node, keeps = operand, not keeps
+    return node, keeps

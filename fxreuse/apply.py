@@ -1,0 +1,139 @@
+"""`fxreuse.apply` and its readers: the front door."""
+
+from __future__ import annotations
+
+import copy as copying
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from .attention import AttentionSites
+from .emit import emit
+from .errors import FxReuseError, UnsupportedError
+from .find import find
+from .frontend import load_program
+from .passes.reuse import reuse
+from .plan import Plan, choose_stack
+from .program import Program
+from .record import Record
+from .rewritten import Rewritten
+from .target import captured_inputs, replace_submodule
+from .warn import warn_of_losses
+
+
+def apply(
+    model: torch.nn.Module | ExportedProgram,
+    plan: str | Plan,
+    example_inputs: Any = None,
+    *,
+    target: str | None = None,
+    copy: bool = False,
+) -> torch.nn.Module:
+    """Rewrite a model by a plan: in each group of layers, one attention map serves all.
+
+    Arguments:
+        model: any Transformer, or a `torch.export.ExportedProgram` of one. It is not changed (but see ``target``).
+        plan: such as ``"4x4"``: four layers a group, four groups. See `Plan`.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; inferred where left
+            out. Batch and lengths stay free.
+        target: the path of a submodule: only it is captured and replaced, in place, inside ``model``, which is returned.
+            ``example_inputs`` are the whole model's.
+        copy: give the result parameters of its own. Without it they are shared with ``model``, so that training or
+            converting one changes the other.
+
+    Returns:
+        A module that is called as the original is and gives the same class of output, with the original's parameter
+        names. `describe` tells what was done.
+
+    Raises:
+        PlanError: where the plan does not fit.
+        CaptureError: where the model cannot be captured.
+        UnsupportedError: where there is no attention, or the rewrite would not be sound.
+        InputError: where example inputs are missing or wrong.
+
+    >>> import torch, fxreuse
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    >>> small = fxreuse.apply(model, "2x2", torch.randn(2, 5, 16))
+    >>> small(torch.randn(3, 7, 16)).shape
+    torch.Size([3, 7, 16])
+    >>> [decision.action for decision in fxreuse.describe(small).decisions]
+    ['lead', 'follow', 'lead', 'follow']
+    """
+    parsed = Plan.of(plan)
+    if target is not None:
+        if isinstance(model, ExportedProgram):
+            raise UnsupportedError("target= needs the model itself; an exported program has no submodules to replace.")
+        inner, inputs = captured_inputs(model, target, example_inputs)
+        return replace_submodule(model, target, _apply(inner, parsed, inputs, copy))
+    return _apply(model, parsed, example_inputs, copy)
+
+
+def _apply(model: torch.nn.Module | ExportedProgram, plan: Plan, example_inputs: Any, copy: bool) -> Rewritten:
+    program = load_program(model, example_inputs)
+    sites = find(program)
+    if not len(sites):
+        reasons = "; ".join(f"{r.path or 'the model'}: {r.reason}" for r in sites.rejected[:5])
+        raise UnsupportedError(
+            f"{program.name} has no attention that could be rewritten. "
+            + (f"Softmaxes that were looked at: {reasons}." if reasons else "Its graph has no softmax at all.")
+        )
+    program, record = _rewrite(program, sites, plan)
+    modes = {"": False} if isinstance(model, ExportedProgram) else {p: m.training for p, m in model.named_modules()}
+    rewritten = emit(program, record, [site.layer_path for site in sites if site.layer_path], modes)
+    warn_of_losses(rewritten.record)
+    return copying.deepcopy(rewritten) if copy else rewritten
+
+
+def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Program, Record]:
+    stacks = {name: len(members) for name, members in sites.stacks.items()}
+    decisions, removed, buffers = (), {}, ()  # type: ignore[var-annotated]
+    for step in plan.passes:
+        name, leaders = choose_stack(step, stacks)
+        result = reuse(program, sites.stacks[name], leaders, step.lowering)
+        program = result.program
+        decisions += result.decisions
+        removed |= result.removed
+        buffers += result.buffers_removed
+    record = Record(str(plan), stacks, decisions, removed, {}, buffers_removed=buffers)
+    return program, record
+
+
+def find_attention(
+    model: torch.nn.Module | ExportedProgram, example_inputs: Any = None, *, target: str | None = None
+) -> AttentionSites:
+    """Find every attention of a model by data flow.
+
+    Arguments are those of `apply`; nothing is changed.
+
+    Returns:
+        The sites in the order of execution; printing gives a table, ``.stacks`` groups them, ``.rejected`` has the
+        softmaxes that are not attention, with reasons.
+
+    >>> import torch, fxreuse
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    >>> [str(site) for site in fxreuse.find_attention(model, torch.randn(2, 5, 16))]
+    ['layers.0.self_attn', 'layers.1.self_attn']
+    """
+    if target is not None and not isinstance(model, ExportedProgram):
+        model, example_inputs = captured_inputs(model, target, example_inputs)
+    return find(load_program(model, example_inputs))
+
+
+def describe(rewritten: torch.nn.Module) -> Record:
+    """The record of a rewritten model: plan, stacks, one decision per site, parameters removed and added, notes.
+
+    A model in which a submodule was replaced (``target=``) is described by that submodule.
+
+    Raises:
+        FxReuseError: where the module is not one that `apply` made.
+    """
+    found = [module for module in rewritten.modules() if isinstance(module, Rewritten)]
+    if not found:
+        raise FxReuseError(
+            f"{type(rewritten).__name__} was not made by fxreuse.apply, so there is no record to describe. "
+            "Pass what apply returned."
+        )
+    return found[0].record

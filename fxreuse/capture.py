@@ -1,0 +1,284 @@
+"""Capture: a model and example inputs become a `Program`, through `torch.export`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from . import guards as guarding
+from .errors import CaptureError
+from .inputs import Inputs, bind, normalise
+from .mode_modules import marked
+from .program import Argument, CallingConvention, Leaf, Program
+from .record import Note
+from .training import probe
+from .witness import mark_dtypes
+
+
+def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None) -> Program:
+    """Capture a model as one flat graph with free sizes.
+
+    Batch and lengths stay free wherever the model allows it; image axes are fixed. Capture runs in evaluation mode
+    with key-value caches off. The model is left as it was.
+
+    Arguments:
+        model: any module, or a program that `torch.export` made.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; inferred where left out.
+
+    Raises:
+        CaptureError: where no way of capturing works; it names the line at fault and what to try.
+        InputError: where the example inputs do not fit the model.
+    """
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model)
+    inputs = normalise(model, example_inputs)
+    with eval_mode(model), caches_off(model):
+        facts = probe(model, inputs.args, inputs.kwargs)
+        with marked(model) as modules:
+            exported, how = export(model, inputs)
+        program = _to_program(exported, bind(model, inputs), inspect.signature(model.forward), type(model).__name__)
+        dtype_notes = mark_dtypes(program, model, inputs)
+    program.notes = (*_size_notes(program, how), *dtype_notes, *facts.lost)
+    program.mode_modules = modules
+    program.call = dataclasses.replace(program.call, accepted=_accepted(program.call, model))
+    program.attention_dropout = facts.attention_dropout
+    program.layerdrop = facts.layerdrop
+    program.containers = {path: type(module) for path, module in model.named_modules()}
+    return program
+
+
+def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[ExportedProgram, str]:
+    """Non-strict, then strict, then with fixed sizes. Returns the program and how it was made."""
+    widened = widen_batch(inputs)
+    ways = [
+        ("free sizes", widened, False, True),
+        ("free sizes, strict", widened, True, True),
+        ("fixed sizes", inputs, False, False),
+    ]
+    errors = []
+    for how, given, strict, free in ways[:attempts]:
+        shapes = _dynamic_shapes(model, given) if free else None
+        try:
+            with warnings.catch_warnings(), _quiet_sizes():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(
+                    model, given.args, dict(given.kwargs), dynamic_shapes=shapes, strict=strict
+                )
+            return exported, how
+        except Exception as error:
+            errors.append((how, error))
+    raise _capture_error(model, errors)
+
+
+def _quiet_sizes() -> contextlib.AbstractContextManager[Any]:
+    """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard instead of no trace."""
+    return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+
+
+def _capture_error(model: torch.nn.Module, errors: list[tuple[str, Exception]]) -> CaptureError:
+    how, first = errors[0]
+    line = _line_at_fault(first)
+    attempts = "; ".join(f"{name}: {_first_line(error)}" for name, error in errors)
+    found = CaptureError(
+        f"{type(model).__name__} cannot be captured as one graph. {'At ' + line + ': ' if line else ''}"
+        f"{_first_line(first)}. Tried {attempts}. Next: capture only the part around the attentions with "
+        "target='path.of.the.encoder', or pass other example_inputs (a branch on values cannot be captured)."
+    )
+    found.__cause__ = first
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+
+
+def _line_at_fault(error: Exception) -> str:
+    """The innermost line of the traceback that is not torch's own, as ``file:line in function``."""
+    place = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "/torch/" not in code.co_filename and "/fxreuse/" not in code.co_filename and "<" not in code.co_filename:
+            place = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
+        trace = trace.tb_next
+    return place
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode is put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def caches_off(model: torch.nn.Module) -> Iterator[None]:
+    """Hugging Face key-value caches switched off in the configurations of the model and its parts, then put back."""
+    configurations: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False) is True:
+            configurations[id(config)] = config
+    for config in configurations.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configurations.values():
+            config.use_cache = True
+
+
+def widen_batch(inputs: Inputs) -> Inputs:
+    """The same inputs with a batch of at least 2 that no other size equals: rows are repeated.
+
+    Export takes sizes of 1, and sizes that happen to be equal, for facts about the model.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
+    batches = {leaf.shape[0] for leaf in leaves if leaf.ndim}
+    if len(batches) != 1 or any(leaf.ndim == 0 for leaf in leaves):
+        return inputs
+    (batch,) = batches
+    others = {size for leaf in leaves for size in leaf.shape[1:]}
+    wide = max(2, batch)
+    while wide in others:
+        wide += 1
+    if wide == batch:
+        return inputs
+
+    def repeat(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        rows = torch.arange(wide, device=leaf.device) % batch
+        return leaf.detach().index_select(0, rows).requires_grad_(leaf.requires_grad)
+
+    args, kwargs = pytree.tree_map(repeat, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs)
+
+
+def _dynamic_shapes(model: torch.nn.Module, inputs: Inputs) -> Any:
+    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
+    lengths = {size for leaf in leaves if leaf.ndim in (1, 2, 3) for size in leaf.shape[1:]}
+
+    def free(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        image = leaf.ndim > 3 and leaf.is_floating_point() and leaf.shape[-1] not in lengths
+        return dict.fromkeys(range(min(leaf.ndim, 1) if image else leaf.ndim), Dim.AUTO)
+
+    return pytree.tree_map(free, bind(model, inputs))
+
+
+def _to_program(
+    exported: ExportedProgram, bound: dict[str, Any] | None, signature: inspect.Signature | None, name: str
+) -> Program:
+    module = exported.module(check_guards=False)
+    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    module.graph.set_codegen(fx.graph.CodeGen())
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    if bound is None or signature is None:
+        bound, signature = _signature_of(exported)
+    arguments = _arguments(bound)
+    flat = [leaf for argument in arguments for leaf in argument.leaves]
+    if len(flat) != len(placeholders):
+        raise CaptureError(
+            f"{name}: the capture has {len(placeholders)} inputs, but the call has {len(flat)} leaves. "
+            "Pass example_inputs whose structure is made of tensors, tuples, lists and dicts."
+        )
+    tensors = []
+    for node, leaf in zip(placeholders, flat, strict=True):
+        if isinstance(leaf, Leaf):
+            tensors.append((leaf, node.meta["val"]))
+        else:
+            node.replace_all_uses_with(leaf)  # type: ignore[arg-type]
+            module.graph.erase_node(node)
+    conventions = CallingConvention(tuple(signature.parameters.values()), arguments, info.out_spec)
+    persistent = set(exported.state_dict)
+    non_persistent = frozenset(name for name, _ in module.named_buffers() if name not in persistent)
+    module.recompile()
+    return Program(
+        module=module,
+        call=conventions,
+        guards=guarding.from_export(getattr(exported, "_guards_code", ()), tensors),
+        name=name,
+        non_persistent=non_persistent,
+    )
+
+
+def _arguments(bound: dict[str, Any]) -> tuple[Argument, ...]:
+    arguments = []
+    for name, value in bound.items():
+        with_paths, spec = pytree.tree_flatten_with_path(value)
+        leaves = tuple(
+            Leaf(name + pytree.keystr(path), leaf.ndim) if isinstance(leaf, torch.Tensor) else leaf
+            for path, leaf in with_paths
+        )
+        arguments.append(Argument(name, spec, leaves))
+    return tuple(arguments)
+
+
+def _accepted(call: CallingConvention, model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Values of arguments that were left out which say what was captured: the default, and what a configuration makes
+    of a default of None."""
+    config = getattr(model, "config", None)
+    accepted = {}
+    for parameter in call.parameters:
+        values = [parameter.default]
+        if parameter.default is None and parameter.name == "use_cache":
+            values.append(False)
+        elif parameter.default is None and isinstance(getattr(config, parameter.name, None), (bool, int, float, str)):
+            values.append(getattr(config, parameter.name))
+        accepted[parameter.name] = tuple(values)
+    return accepted
+
+
+def _from_exported(exported: ExportedProgram) -> Program:
+    program = _to_program(exported, None, None, "the exported program")
+    training = Note(
+        "training",
+        program.name,
+        "what the model does only in training mode is not in an exported program",
+        "pass the model itself to have dropout and normalisation in training mode",
+    )
+    program.notes = (*_size_notes(program, "exported"), training)
+    return program
+
+
+def _signature_of(exported: ExportedProgram) -> tuple[dict[str, Any], inspect.Signature]:
+    """Names and example values of an exported program's arguments; it keeps no defaults."""
+    args, kwargs = exported.example_inputs or ((), {})
+    names = list(exported.module_call_graph[0].signature.forward_arg_names or ())  # type: ignore[union-attr]
+    if len(names) < len(args) + len(kwargs):
+        names = [f"arg{index}" for index in range(len(args))] + list(kwargs)
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return bound, inspect.Signature([inspect.Parameter(name, kind) for name in bound])
+
+
+def _size_notes(program: Program, how: str) -> tuple[Note, ...]:
+    """A note on every length or batch that the capture fixed."""
+    notes = []
+    for leaf, node in zip(program.call.leaves, program.graph.find_nodes(op="placeholder"), strict=True):
+        shape = node.meta["val"].shape
+        fixed = [dim for dim, size in enumerate(shape) if isinstance(size, int)]
+        batch_or_length = [dim for dim in fixed if dim == 0 or (dim == 1 and leaf.ndim == 2)]
+        if how.startswith("fixed") or batch_or_length:
+            dims = ", ".join(
+                f"dimension {dim} = {shape[dim]}" for dim in (fixed if how == "fixed sizes" else batch_or_length)
+            )
+            notes.append(Note("size", leaf.name, f"fixed at {dims}", "other sizes are refused by name"))
+    return tuple(notes)

@@ -1,0 +1,37 @@
+"""The modules of a rewritten model that only hold others: parameters at their original paths, and lists of layers."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Container(torch.nn.Module):
+    """Holds parameters and submodules at the path of an original module; it has no code of its own.
+
+    Its name when printed is the original class's.
+    """
+
+    def __init__(self, original: str = "") -> None:
+        super().__init__()
+        self.original = original
+
+    def _get_name(self) -> str:
+        return self.original or "Container"
+
+    def extra_repr(self) -> str:
+        """The shapes of the parameters that it holds."""
+        held = [
+            f"{name}: {'×'.join(map(str, p.shape)) or 'scalar'}"
+            for name, p in self._parameters.items()
+            if p is not None
+        ]
+        return ", ".join(held)
+
+
+def container_for(original: type[torch.nn.Module] | None) -> torch.nn.Module:
+    """An empty container that stands for a module of that class; lists stay lists, so that they can be indexed."""
+    if original is not None and issubclass(original, (torch.nn.ModuleList, torch.nn.Sequential)):
+        return torch.nn.ModuleList()
+    if original is not None and issubclass(original, torch.nn.ModuleDict):
+        return torch.nn.ModuleDict()
+    return Container(original.__name__ if original is not None else "")

@@ -1,0 +1,195 @@
+"""Find the attentions of a program by data flow, from every softmax and every fused attention outwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+from torch import fx
+
+from .addends import Addends, Mask, split_addends
+from .attention import AttentionSite, AttentionSites, Rejected, SiteNodes
+from .axes import Layout, Size, sizes
+from .bias_names import bias_name
+from .contexts import Context, find_contexts
+from .flow import FUSED, Flow
+from .follow import arguments, aten, packet
+from .heads import Roles, fused_roles, map_shape, score_roles
+from .mask_names import MaskNames
+from .program import Program, module_path, module_stack
+from .scores import Scores, find_scores, push
+from .stacks import Place, assign_stacks
+from .value_numbers import ValueNumbers
+
+_SOFTMAX = frozenset({aten.softmax, aten._softmax, aten._safe_softmax, aten.special_softmax})
+
+
+def find(program: Program) -> AttentionSites:
+    """The attentions of a program, in order of execution, and every softmax that is none, with the reason.
+
+    An attention is a fused operator, or a softmax over a product of queries and keys whose value is contracted over
+    the softmax's own axis with values. Names of modules and classes play no part in that.
+    """
+    finder = _Finder(program)
+    counts: Counter[str] = Counter()
+    found: list[_Found] = []
+    rejected: list[Rejected] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or packet(node) not in _SOFTMAX | FUSED:
+            continue
+        path = module_path(node)
+        result = finder.fused(node) if packet(node) in FUSED else finder.softmax(node)
+        if isinstance(result, str):
+            rejected.append(Rejected(path, node.name, result, source_line(node)))
+        else:
+            found.append(dataclasses.replace(result, order=counts[path]))
+        counts[path] += 1
+    return AttentionSites(_placed(found), rejected)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """An attention before it has its place in a stack."""
+
+    node: fx.Node
+    kind: str
+    shape: tuple[Size, Size, Size, Size]
+    kv_heads: Size
+    head_dim: Size
+    value_dim: Size
+    fused: bool
+    mask: str
+    mask_key: str
+    bias: str
+    nodes: SiteNodes
+    order: int = 0
+
+
+def _placed(found: list[_Found]) -> list[AttentionSite]:
+    places = [Place(tuple(module_stack(f.node)), f.kind) for f in found]
+    return [
+        AttentionSite(
+            path=place.path,
+            order=f.order,
+            stack=position.stack,
+            layer=position.layer,
+            layer_path=position.layer_path,
+            kind=f.kind,
+            heads=int(f.shape[1]),
+            kv_heads=int(f.kv_heads),
+            head_dim=int(f.head_dim),
+            value_dim=int(f.value_dim),
+            fused=f.fused,
+            map_shape=f.shape,
+            mask=f.mask,
+            mask_key=f.mask_key,
+            bias=f.bias,
+            nodes=f.nodes,
+        )
+        for f, place, position in zip(found, places, assign_stacks(places), strict=True)
+    ]
+
+
+class _Finder:
+    """What is computed once for a program, and the recognition of one node."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._flow = Flow(program)
+        self._numbers = ValueNumbers(program)
+        self._names = MaskNames(program, self._flow)
+
+    def softmax(self, node: fx.Node) -> _Found | str:
+        """A softmax as an attention, or why it is none."""
+        dim = arguments(node)["dim"]
+        scores = find_scores(node, dim, self._flow)
+        contexts = find_contexts(node, dim, self._flow)
+        reasons = [result for result in (contexts, scores) if isinstance(result, str)]
+        if isinstance(scores, str) or isinstance(contexts, str):
+            return ", and ".join(reasons)
+        roles = score_roles(scores.product, scores.query, self._flow)
+        layout = _at_softmax(roles.layout, scores, self._flow)
+        top = scores.spine[-1]
+        addends = split_addends(top, scores.spine, self._flow, self._numbers)
+        nodes = SiteNodes(
+            map=node.name,
+            contexts=tuple(c.node.name for c in contexts),
+            query=scores.query.name,
+            key=scores.key.name,
+            values=tuple(c.values.name for c in contexts),
+            mask=None,
+            scores=top.name,
+        )
+        shape = (*map_shape(layout)[:3], sizes(node)[dim])
+        return self._found(node, scores.query, scores.key, shape, roles, contexts[0].value_dim, addends, False, nodes)
+
+    def fused(self, node: fx.Node) -> _Found | str:
+        """A fused operator as an attention, or why it is none."""
+        named = arguments(node)
+        query, key, value = (named[name] for name in ("query", "key", "value"))
+        bias = named.get("attn_mask", named.get("attn_bias"))
+        roles = fused_roles(query, key, bool(named.get("enable_gqa", False)), self._flow)
+        nodes = SiteNodes(
+            map=node.name,
+            contexts=(node.name,),
+            query=query.name,
+            key=key.name,
+            values=(value.name,),
+            mask=None if bias is None else bias.name,
+            scores=None,
+        )
+        addends = Addends((), ()) if bias is None else split_addends(bias, (), self._flow, self._numbers)
+        causal = bool(named.get("is_causal", False))
+        shape = map_shape(roles.layout)
+        return self._found(node, query, key, shape, roles, sizes(value)[-1], addends, causal, nodes)
+
+    def _found(
+        self,
+        node: fx.Node,
+        query: fx.Node,
+        key: fx.Node,
+        shape: tuple[Size, Size, Size, Size],
+        roles: Roles,
+        value_dim: Size,
+        addends: Addends,
+        causal: bool,
+        nodes: SiteNodes,
+    ) -> _Found | str:
+        flow = self._flow
+        if query not in flow.tokens and (shape[2] == 1 or query not in flow.projected):
+            return f"its queries ({query.name}) are learned vectors, the same for every input: it pools over tokens"
+        if key not in flow.tokens and key not in flow.projected:
+            return f"its keys ({key.name}) are learned vectors, the same for every input"
+        return _Found(
+            node=node,
+            kind="self" if flow.same_source(query, key) else "cross",
+            shape=shape,
+            kv_heads=roles.kv_heads,
+            head_dim=roles.head_dim,
+            value_dim=value_dim,
+            fused=nodes.scores is None,
+            mask=self._names.describe(addends.masks, causal),
+            mask_key=self._names.key(addends.masks, causal),
+            bias=bias_name(addends.biases, flow),
+            nodes=nodes,
+        )
+
+
+def _at_softmax(layout: Layout, scores: Scores, flow: Flow) -> Layout:
+    """The roles of the axes of a softmax's input, from those of the product behind it."""
+    current: Layout = layout
+    for operand, node in zip(scores.spine, scores.spine[1:], strict=False):
+        after = push(node, operand, current, flow)
+        assert after is not None
+        current = after
+    return current
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the model's own code that a node came from, as ``file:line: code``."""
+    trace: Any = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
+    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    return "" if not own else "{}:{}: {}".format(*own[-1])

@@ -1,0 +1,114 @@
+"""The index forms of a whole graph, read off in one walk from the inputs to the outputs.
+
+Values of inputs, parameters and buffers are data and stay unknown; so does the result of every operator that is not
+in the tables of `index_elementwise`, `index_layout` and `index_series`. What is left is what masks are made of.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import fx
+
+from . import index_elementwise, index_layout, index_series
+from .index_bounds import SizeBounds
+from .index_call import Call, is_tensor
+from .index_forms import Unknown, Value
+
+HANDLERS = {**index_elementwise.HANDLERS, **index_layout.HANDLERS, **index_series.HANDLERS}
+
+#: Operators that may return their input, or part of it, although their schema does not say so.
+_HIDDEN_ALIASES = frozenset((torch.ops.aten.type_as, torch.ops.aten.dropout, torch.ops.aten.feature_dropout))
+
+
+class IndexForms(Mapping[fx.Node, Value]):
+    """What an element of each tensor of a graph is, by node. Immutable: a changed graph needs new ones."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.bounds = SizeBounds.of(graph)
+        self._written = written_tensors(graph)
+        self._values: dict[fx.Node, Value] = {}
+        for node in graph.nodes:
+            if is_tensor(node):
+                self._values[node] = self._evaluate(node)
+
+    def __getitem__(self, node: fx.Node) -> Value:
+        return self._values[node]
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def written(self, node: fx.Node) -> bool:
+        """Whether some operator writes into the memory of a node's tensor."""
+        return node in self._written
+
+    def _evaluate(self, node: fx.Node) -> Value:
+        if node.op != "call_function":
+            kind = {"placeholder": "the input", "get_attr": "the tensor"}.get(node.op, "the result of")
+            return Unknown(f"{kind} {node.target}")
+        if node in self._written:
+            return Unknown(f"{node.name} is written to in place")
+        target = node.target
+        handler = HANDLERS.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
+        if handler is None:
+            return Unknown(f"the result of {target}")
+        dtype = node.meta["val"].dtype
+        if dtype not in (torch.bool, torch.int64) and not dtype.is_floating_point:
+            return Unknown(f"elements of {dtype}")
+        return handler(Call.of(node, self._values, self.bounds))
+
+
+def written_tensors(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The nodes whose memory some operator writes into, at any time: what they hold depends on when it is read.
+
+    Two nodes share memory, as far as can be told, if one is a view of the other by the operator's schema, or comes out
+    of an operator without a schema (a module, a sub-graph, `getitem`).
+    """
+    owner: dict[fx.Node, fx.Node] = {}
+
+    def find(node: fx.Node) -> fx.Node:
+        while owner.setdefault(node, node) is not node:
+            owner[node] = owner[owner[node]]
+            node = owner[node]
+        return node
+
+    written = []
+    for node in graph.nodes:
+        viewed, overwritten = _effects(node)
+        written += overwritten
+        for source in viewed:
+            owner[find(node)] = find(source)
+    roots = {find(node) for node in written}
+    return frozenset(node for node in graph.nodes if find(node) in roots) if roots else frozenset()
+
+
+def _effects(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The inputs that a node's result may share memory with, and those that it writes into."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        shares = node.op == "call_module" or (node.op == "call_function" and not _is_size_arithmetic(node))
+        return (node.all_input_nodes if shares else []), []
+    if target.overloadpacket in _HIDDEN_ALIASES:
+        return node.all_input_nodes, []
+    viewed: list[fx.Node] = []
+    written: list[fx.Node] = []
+    given = {argument.name: value for argument, value in zip(target._schema.arguments, node.args, strict=False)}
+    given.update(node.kwargs)
+    for argument in target._schema.arguments:
+        if argument.alias_info is not None and argument.name in given:
+            nodes: list[fx.Node] = []
+            fx.node.map_arg(given[argument.name], nodes.append)
+            viewed += nodes
+            written += nodes if argument.alias_info.is_write else []
+    return viewed, written
+
+
+def _is_size_arithmetic(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymBool, torch.SymFloat)) and (
+        node.target is not operator.getitem
+    )

@@ -1,0 +1,166 @@
+"""Names for masks, for people; and keys, by which masks are compared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from .addends import Mask
+from .axes import sizes
+from .flow import Flow
+from .follow import SAME_VALUE, arguments, aten, packet
+from .index_forms import AtMostZero, Every, Formula, Number, Truth, negation
+from .mask_proof import MaskProver
+from .program import Program, get_attribute
+
+_AND = frozenset({aten.bitwise_and, aten.logical_and, aten.__and__})
+_OR = frozenset({aten.bitwise_or, aten.logical_or, aten.__or__})
+_NOT = frozenset({aten.bitwise_not, aten.logical_not})
+_MOVING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to, aten.reshape, aten.unsqueeze}) | SAME_VALUE
+_ARITHMETIC = frozenset({aten.mul, aten.div, aten.sub, aten.rsub, aten.neg, aten.add})
+
+#: Names in the order in which they are put together.
+_ORDER = ("causal", "window", "padding", "input", "fixed")
+
+
+class MaskNames:
+    """Names and keys of the masks of a program.
+
+    A mask is ``causal``; a ``window`` (a band around the diagonal, or one side of it); ``padding`` (it depends on an
+    input, and is the same for every query); ``input`` (it depends on an input in any other way); or ``fixed`` (it
+    depends on no input). Several joined by *and* are named together: ``causal+padding``.
+    """
+
+    def __init__(self, program: Program, flow: Flow) -> None:
+        self._program = program
+        self._flow = flow
+        self._found: dict[tuple[fx.Node, bool | None], frozenset[str]] = {}
+
+    @functools.cached_property
+    def _prover(self) -> MaskProver:
+        return MaskProver(self._program.graph)
+
+    def describe(self, masks: tuple[Mask, ...], is_causal: bool) -> str:
+        """The name of masks that act together, and of a fused operator's own causal mask."""
+        names = {"causal"} if is_causal else set()
+        for mask in masks:
+            names |= self._names(mask)
+        return "+".join(name for name in _ORDER if name in names) or "none"
+
+    def key(self, masks: tuple[Mask, ...], is_causal: bool) -> str:
+        """A text that is equal for masks that mask by the same values."""
+        keys = {"causal"} if is_causal else set()
+        for mask in masks:
+            names = self._names(mask)
+            if names or not mask.hard:
+                keys.add("causal" if mask.hard and names == {"causal"} else mask.number)
+        return "+".join(sorted(keys)) or "none"
+
+    def _names(self, mask: Mask) -> frozenset[str]:
+        place = (mask.node, mask.keeps)
+        if place not in self._found:
+            found = self._of_values(mask.node) if mask.keeps is None else self._of_condition(mask.node, mask.keeps)
+            self._found[place] = frozenset(found)
+        return self._found[place]
+
+    def _of_condition(self, node: fx.Node, keeps: bool) -> Iterator[str]:
+        """The names of a condition, part by part."""
+        while packet(node) in _MOVING | _NOT and _is_bool(node.args[0]) and not self._is_padding(node):
+            keeps = keeps != (packet(node) in _NOT)
+            node = node.args[0]  # type: ignore[assignment]
+        if self._is_padding(node):
+            yield "padding"
+        elif packet(node) in (_AND if keeps else _OR):
+            for operand in node.all_input_nodes:
+                yield from self._of_condition(operand, keeps)
+        elif self._prover.constant(node) is not keeps:
+            yield from self._of_part(node, keeps)
+
+    def _of_part(self, node: fx.Node, keeps: bool) -> Iterator[str]:
+        if node in self._flow.inputs:
+            yield "input"
+        elif keeps and self._is_triangle(node):
+            yield "causal"
+        else:
+            formula = self._prover.formula_of(node)
+            yield from _of_formula(formula if keeps else negation(formula))
+
+    def _of_values(self, node: fx.Node) -> Iterator[str]:
+        """The names of values that are added to the scores."""
+        while packet(node) in _MOVING and not self._is_padding(node):
+            node = node.args[0]  # type: ignore[assignment]
+        named = arguments(node) if node.op == "call_function" and hasattr(node.target, "_schema") else {}
+        if node not in self._flow.inputs:
+            yield from _of_formula(self._prover.formula_of(node))
+        elif self._is_padding(node):
+            yield "padding"
+        elif packet(node) is aten.where and self._is_zero(named["self"]):
+            yield from self._of_condition(named["condition"], True)
+        elif packet(node) is aten.where and self._is_zero(named["other"]):
+            yield from self._of_condition(named["condition"], False)
+        elif packet(node) is aten.masked_fill:
+            yield from self._of_condition(named["mask"], False)
+            if not self._is_zero(named["self"]):
+                yield from self._of_values(named["self"])
+        elif packet(node) in _ARITHMETIC:
+            for operand in (o for o in node.all_input_nodes if _is_tensor(o) and not self._is_number(o)):
+                yield from self._of_values(operand)
+        else:
+            yield "input"
+
+    def _is_padding(self, node: fx.Node) -> bool:
+        """Whether a value depends on an input, and is the same for every query."""
+        shape = sizes(node)
+        return node in self._flow.inputs and (len(shape) < 2 or shape[-2] == 1)
+
+    def _is_number(self, node: fx.Node) -> bool:
+        return not sizes(node) or self._prover.forms[node] == Truth(True)
+
+    def _is_zero(self, value: object) -> bool:
+        if not isinstance(value, fx.Node):
+            return value == 0
+        form = self._prover.forms.get(value)
+        single = getattr(form, "single", None)
+        return isinstance(single, Number) and single.value == 0
+
+    def _is_triangle(self, node: fx.Node) -> bool:
+        """Whether a condition is a constant lower triangle, cut from its first row and column on."""
+        while packet(node) in _MOVING or (packet(node) is aten.slice and arguments(node)["start"] in (0, None)):
+            node = node.args[0]  # type: ignore[assignment]
+        if node.op != "get_attr":
+            return False
+        table = get_attribute(self._program.module, str(node.target))
+        if not isinstance(table, torch.Tensor) or table.is_meta or table.ndim < 2 or isinstance(table, torch.nn.Parameter):
+            return False
+        return bool((table.bool() == torch.ones_like(table, dtype=torch.bool).tril()).all())
+
+
+def _of_formula(formula: Formula) -> Iterator[str]:
+    """The names of a formula of the index, whose last two places are those of query and key."""
+    if formula == Truth(True):
+        return
+    if isinstance(formula, Every):
+        for part in formula.parts:
+            yield from _of_formula(part)
+        return
+    if isinstance(formula, AtMostZero) and len(formula.form.coeffs) >= 2:
+        *rest, query, key = formula.form.coeffs
+        offset = formula.form.const
+        if not any(rest) and (query, key) == (-1, 1):
+            yield "causal" if offset == 0 else "window"
+            return
+        if not any(rest) and (query, key) == (1, -1) and (not offset.is_Integer or offset < 0):
+            yield "window"
+            return
+    yield "fixed"
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, fx.Node) and _is_tensor(value) and value.meta["val"].dtype is torch.bool

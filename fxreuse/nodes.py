@@ -1,0 +1,99 @@
+"""Making and removing nodes of a program's graph, with ``meta`` filled as capture fills it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+
+# Operators whose absence can be noticed although nobody reads their result.
+_MUTATING = {torch.ops.aten.copy_.default, torch.ops.aten.set_.default}
+
+
+@contextlib.contextmanager
+def inserting_before(node: fx.Node) -> Iterator[Callable[..., fx.Node]]:
+    """A function that makes a call node before ``node``, with ``meta`` from ``node`` and the value computed.
+
+    ``insert(target, *args, **kwargs)`` calls an operator, or a submodule where the target is a string.
+    """
+
+    def insert(target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        return call(node.graph, target, args, kwargs, like=node)
+
+    with node.graph.inserting_before(node):
+        yield insert
+
+
+def call(
+    graph: fx.Graph, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
+) -> fx.Node:
+    """A new call node at the graph's insertion point, with names and lines of ``like`` and its own ``meta["val"]``."""
+    if isinstance(target, str):
+        assert graph.owning_module is not None
+        made = graph.call_module(target, args, kwargs)
+        value = evaluate(graph.owning_module.get_submodule(target), args, kwargs)
+    else:
+        made = graph.call_function(target, args, kwargs)
+        value = evaluate(target, args, kwargs)
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in like.meta:
+            made.meta[key] = like.meta[key]
+    made.meta["val"] = value
+    return made
+
+
+def evaluate(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The value of a call over the values of its arguments: with fake tensors, nothing is computed."""
+    values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+    found: list[Any] = []
+    fx.node.map_arg((args, kwargs), lambda node: found.append(node.meta["val"]))
+    mode = detect_fake_mode([value for value in found if isinstance(value, torch.Tensor)])
+    with mode or contextlib.nullcontext(), torch.enable_grad():
+        return function(*values[0], **values[1])
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Every reader of ``node`` reads ``new``, and ``node`` is gone."""
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def is_effect(node: fx.Node) -> bool:
+    """Whether a node must stay although nobody reads it: it writes to a tensor that others see."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target in _MUTATING:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def remove_dead(graph: fx.Graph) -> int:
+    """Erase the nodes that nobody reads and that write nothing, random draws and assertions among them.
+
+    Returns how many were erased.
+    """
+    removed = 0
+    for node in reversed(list(graph.nodes)):
+        if not node.users and not is_effect(node):
+            graph.erase_node(node)
+            removed += 1
+    return removed
+
+
+def is_call(node: Any, *targets: Callable[..., Any]) -> bool:
+    """Whether a value is a node that calls one of these operators."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call node, however it was passed."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)

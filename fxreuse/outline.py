@@ -1,0 +1,186 @@
+"""Outlining: cut a flat graph into the layers of its stacks, each a graph of its own, and an outer graph that calls them.
+
+A region is the set of nodes of one layer call. It can be cut out where it is convex: nothing outside depends on it and
+feeds it. What several layers share and no hidden state feeds (relative position tables, masks) stays outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import fx
+
+from .program import module_stack
+
+
+@dataclasses.dataclass(eq=False)
+class Region:
+    """The nodes of one layer call, and the names they are called by outside.
+
+    ``path`` is the module call, ``nodes`` are in graph order, ``inputs`` and ``outputs`` have the hidden states first.
+    """
+
+    path: str
+    nodes: list[fx.Node]
+    inputs: list[fx.Node] = dataclasses.field(default_factory=list)
+    outputs: list[fx.Node] = dataclasses.field(default_factory=list)
+
+    @property
+    def base(self) -> str:
+        """The module's path without the number of the call."""
+        return self.path.partition("@")[0]
+
+
+def find_regions(graph: fx.Graph, layer_paths: Iterable[str]) -> tuple[list[Region], dict[str, str]]:
+    """The regions of the layers that can be cut out, and for the others the reason by path."""
+    wanted = list(dict.fromkeys(layer_paths))
+    regions = _collect(graph, set(wanted))
+    _hoist_shared(graph, regions)
+    refused: dict[str, str] = {path: "no nodes of its own" for path in wanted if path not in regions}
+    kept: list[Region] = []
+    for path in wanted:
+        region = regions.get(path)
+        if region is None or not region.nodes:
+            refused.setdefault(path, "no nodes of its own")
+            continue
+        between = _between(region)
+        if between is not None:
+            refused[path] = f"{between.name}, which is outside of it, depends on it and feeds it"
+            continue
+        kept.append(region)
+    for region in kept:
+        _set_interface(region)
+    usable = [region for region in kept if region.inputs and region.outputs]
+    refused |= {region.path: "no hidden state goes in or comes out" for region in kept if region not in usable}
+    return usable, refused
+
+
+def _collect(graph: fx.Graph, wanted: set[str]) -> dict[str, Region]:
+    regions: dict[str, Region] = {}
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_module"):
+            continue
+        path = next((path for path in module_stack(node) if path in wanted), None)
+        if path is not None:
+            regions.setdefault(path, Region(path, [])).nodes.append(node)
+    return regions
+
+
+def _hoist_shared(graph: fx.Graph, regions: dict[str, Region]) -> None:
+    """Take out of the regions what several of them read and no input's values feed."""
+    owner = {node: region for region in regions.values() for node in region.nodes}
+    fed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
+            fed.add(node)
+        elif not isinstance(node.meta.get("val"), (torch.SymInt, int, torch.device, torch.dtype)):
+            if any(argument in fed for argument in node.all_input_nodes):
+                fed.add(node)
+    shared = [
+        node
+        for node, region in owner.items()
+        if node not in fed and any(owner.get(user) is not region for user in node.users)
+    ]
+    while shared:
+        node = shared.pop()
+        if node in owner:
+            owner.pop(node).nodes.remove(node)
+            shared.extend(argument for argument in node.all_input_nodes if argument in owner)
+
+
+def _between(region: Region) -> fx.Node | None:
+    """A node outside the region that depends on it and feeds it."""
+    inside = set(region.nodes)
+    last = region.nodes[-1]
+    reached: set[fx.Node] = set()
+    frontier = [user for node in region.nodes for user in node.users if user not in inside]
+    while frontier:
+        node = frontier.pop()
+        if node in reached or last < node:
+            continue
+        reached.add(node)
+        for user in node.users:
+            if user in inside:
+                return node
+            frontier.append(user)
+    return None
+
+
+def _set_interface(region: Region) -> None:
+    inside = set(region.nodes)
+    read = dict.fromkeys(
+        argument for node in region.nodes for argument in node.all_input_nodes if argument not in inside
+    )
+    outputs = [node for node in region.nodes if any(user not in inside for user in node.users)]
+    tensors = [node for node in outputs if isinstance(node.meta["val"], torch.Tensor)]
+    if not tensors:
+        return
+    hidden_out = tensors[-1]
+    region.outputs = [hidden_out, *(node for node in outputs if node is not hidden_out)]
+    hidden_in = _hidden_input(list(read), hidden_out)
+    if hidden_in is not None:
+        region.inputs = [hidden_in, *(node for node in read if node is not hidden_in)]
+
+
+def _hidden_input(read: list[fx.Node], hidden_out: fx.Node) -> fx.Node | None:
+    """Among what a region reads, the activation of the outgoing hidden states' shape that was computed last."""
+    shape = [str(size) for size in hidden_out.meta["val"].shape]
+    activations = [
+        node
+        for node in read
+        if node.op != "get_attr"
+        and isinstance(node.meta["val"], torch.Tensor)
+        and node.meta["val"].dtype == hidden_out.meta["val"].dtype
+    ]
+    same = [node for node in activations if [str(size) for size in node.meta["val"].shape] == shape]
+    candidates = same or activations
+    return max(candidates) if candidates else None
+
+
+def schedule(graph: fx.Graph, regions: list[Region]) -> list[fx.Node | Region] | Region:
+    """The outer graph's order: single nodes and regions, each after what it reads, otherwise as in the graph.
+
+    Where two regions need each other, one of them is returned instead: it has to stay flat.
+    """
+    unit: dict[fx.Node, fx.Node | Region] = {node: region for region in regions for node in region.nodes}
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    units: list[fx.Node | Region] = list(dict.fromkeys(unit.get(node, node) for node in graph.nodes))
+    rank = {id(item): position[item.nodes[0] if isinstance(item, Region) else item] for item in units}
+    waiting: dict[int, set[int]] = {}
+    readers: dict[int, list[fx.Node | Region]] = {}
+    for item in units:
+        nodes = item.nodes if isinstance(item, Region) else [item]
+        needs = {id(unit.get(a, a)): unit.get(a, a) for node in nodes for a in node.all_input_nodes}
+        needs.pop(id(item), None)
+        waiting[id(item)] = set(needs)
+        for needed in needs.values():
+            readers.setdefault(id(needed), []).append(item)
+    ready = [(rank[id(item)], index) for index, item in enumerate(units) if not waiting[id(item)]]
+    heapq.heapify(ready)
+    index_of = {id(item): index for index, item in enumerate(units)}
+    order: list[fx.Node | Region] = []
+    while ready:
+        item = units[heapq.heappop(ready)[1]]
+        order.append(item)
+        for reader in readers.get(id(item), ()):
+            waiting[id(reader)].discard(id(item))
+            if not waiting[id(reader)]:
+                heapq.heappush(ready, (rank[id(reader)], index_of[id(reader)]))
+    if len(order) < len(units):
+        return next(item for item in reversed(units) if isinstance(item, Region) and waiting[id(item)])
+    return order
+
+
+def size_sources(inputs: Iterable[fx.Node]) -> Mapping[str, tuple[fx.Node, int]]:
+    """Where a layer can read a size: the symbolic expression → (tensor input, dimension)."""
+    sources: dict[str, tuple[fx.Node, int]] = {}
+    for node in inputs:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            for dim, size in enumerate(value.shape):
+                if not isinstance(size, int):
+                    sources.setdefault(str(size.node.expr), (node, dim))
+    return sources

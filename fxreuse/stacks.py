@@ -1,0 +1,140 @@
+"""Stacks: the attentions that repeat along one path, such as ``encoder.layer.{i}``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_INDEX = "{i}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an attention is: the module calls around it, outermost first, and whether it is self or cross attention."""
+
+    calls: tuple[str, ...]
+    kind: str
+
+    @property
+    def path(self) -> str:
+        """The innermost call."""
+        return self.calls[-1] if self.calls else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """The stack of an attention, its number there, and the module call that is this layer."""
+
+    stack: str
+    layer: int
+    layer_path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A module call that may be the layer of an attention, and the template along which it would repeat.
+
+    ``inner`` is the way from the layer to the attention, with the number of the attention if that way leads to several.
+    """
+
+    layer: str
+    template: str
+    inner: str
+
+
+def assign_stacks(places: Sequence[Place]) -> list[Position]:
+    """The position of every attention, given in order of execution.
+
+    A layer is the innermost numbered module (``blocks.3``) whose number varies from one attention to another, all
+    else being equal; or else the innermost numbered one that is called several times, or the outermost of any name
+    that is. An attention of which there is only one makes a stack of its own.
+
+    >>> [str(p.stack) for p in assign_stacks([Place(("layers", f"layers.{i}", f"layers.{i}.attn"), "self") for i in range(2)])]
+    ['layers.{i}·self', 'layers.{i}·self']
+    """
+    candidates = [_candidates(place) for place in _numbered(places)]
+    layers: dict[tuple[str, str, str], dict[str, None]] = {}
+    for place, options in zip(places, candidates, strict=True):
+        for option in options:
+            layers.setdefault((option.template, option.inner, place.kind), {})[option.layer] = None
+    chosen = [
+        next((o for o in options if len(layers[o.template, o.inner, place.kind]) > 1), None)
+        or _alone(place, options)
+        for place, options in zip(places, candidates, strict=True)
+    ]
+    return _positions(places, chosen)
+
+
+def _numbered(places: Sequence[Place]) -> list[tuple[Place, dict[str, int]]]:
+    """Every place with its number among the attentions of each call around it that are reached in the same way."""
+    counts: Counter[tuple[str, str]] = Counter()
+    result = []
+    for place in places:
+        numbers = {}
+        for call in dict.fromkeys((*place.calls, "")):
+            key = (call, _base(place.path))
+            numbers[call] = counts[key]
+            counts[key] += 1
+        result.append((place, numbers))
+    return result
+
+
+def _candidates(numbered: tuple[Place, dict[str, int]]) -> list[_Candidate]:
+    """The layers that an attention may belong to, the preferred one first."""
+    place, numbers = numbered
+    by_number, by_call, by_any_call = [], [], []
+    for call in place.calls:
+        base, _, count = call.partition("@")
+        inner = _inner(call, place, numbers[call])
+        head, _, last = base.rpartition(".")
+        calls = _Candidate(call, f"{base}@{_INDEX}", inner)
+        by_any_call.append(calls)
+        if last.isdigit():
+            template = ".".join(filter(None, (head, _INDEX))) + (f"@{count}" if count else "")
+            by_number.append(_Candidate(call, template, inner))
+            by_call.append(calls)
+    inside_out = [c for pair in zip(by_number[::-1], by_call[::-1], strict=True) for c in pair]
+    return inside_out + by_any_call
+
+
+def _inner(call: str, place: Place, number: int) -> str:
+    way = _base(place.path)[len(_base(call)) :].lstrip(".")
+    return way if number == 0 else f"{way}#{number}"
+
+
+def _base(path: str) -> str:
+    """A path without the numbers of calls."""
+    return re.sub(r"@\d+", "", path)
+
+
+def _alone(place: Place, options: Sequence[_Candidate]) -> _Candidate:
+    numbered = [o for o in options if o.template.partition("@")[0].endswith(_INDEX)]
+    if numbered:
+        return numbered[0]
+    own = [o for o in options if o.layer == place.path]
+    return _Candidate(place.path, place.path, own[0].inner if own else "")
+
+
+def _positions(places: Sequence[Place], chosen: Sequence[_Candidate]) -> list[Position]:
+    """Names, with the way inside the layer where a layer has several attentions of a kind; numbers in order."""
+    ways: dict[tuple[str, str], dict[str, None]] = {}
+    for place, layer in zip(places, chosen, strict=True):
+        ways.setdefault((layer.template, place.kind), {})[layer.inner] = None
+    counts: Counter[str] = Counter()
+    result = []
+    for place, layer in zip(places, chosen, strict=True):
+        several = len(ways[layer.template, place.kind]) > 1
+        parts = [layer.template, layer.inner] if several else [layer.template]
+        stack = f"{_joined(parts)}·{place.kind}"
+        result.append(Position(stack, counts[stack], layer.layer))
+        counts[stack] += 1
+    return result
+
+
+def _joined(parts: Sequence[str]) -> str:
+    text = parts[0] or "(root)"
+    for part in filter(None, parts[1:]):
+        text += part if part.startswith("#") else f".{part}"
+    return text

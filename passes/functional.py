@@ -1,0 +1,88 @@
+"""Turn views into reshapes and simple in-place operators into functional ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxreuse.nodes import call, is_call
+from fxreuse.program import Program
+
+_VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+def reshape_views(program: Program) -> Program:
+    """``view`` becomes ``reshape``. Exact tier.
+
+    Sound because the two agree wherever a view is possible, and export has dropped the ``contiguous()`` calls that
+    made it possible for the layouts that real kernels return.
+    """
+    program = program.copy()
+    for node in program.graph.nodes:
+        if is_call(node, *_VIEW):
+            node.target = torch.ops.aten.reshape.default
+    program.module.recompile()
+    return program
+
+
+def functionalise(program: Program) -> Program:
+    """``x.add_(y)`` and its like become ``x.add(y)`` with every later reader of ``x`` reading the result. Exact tier.
+
+    Sound where nobody else can see ``x`` change: it is a fresh value (no input, parameter or buffer), not a view of
+    another one, and no view of it is read afterwards. Anything else keeps its in-place operator.
+    """
+    program = program.copy()
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    for node in list(program.graph.nodes):
+        functional = _functional_form(node)
+        if functional is None:
+            continue
+        target = node.args[0]
+        later = [user for user in target.users if user is not node and order[user] > order[node]]
+        if _is_shared(target) or any(_is_view(user) for user in target.users if user is not node):
+            continue
+        with program.graph.inserting_before(node):
+            made = call(program.graph, functional, node.args, dict(node.kwargs), like=node)
+        if made.meta["val"].dtype != target.meta["val"].dtype or made.meta["val"].shape != target.meta["val"].shape:
+            program.graph.erase_node(made)
+            continue
+        order[made] = order[node]
+        for user in later:
+            user.replace_input_with(target, made)
+        node.replace_all_uses_with(made)
+        program.graph.erase_node(node)
+    program.module.recompile()
+    return program
+
+
+def _functional_form(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The functional twin of an in-place operator that changes only its first argument."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    space, _, name = node.target._schema.name.partition("::")
+    if space != "aten" or not name.endswith("_") or name.endswith("__") or name in ("copy_", "set_", "resize_"):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    overload = node.target._overloadname
+    return getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the value of a node shares its storage with an argument, as far as its schema says."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return node.op == "call_function"
+    may_return_self = node.target in (
+        torch.ops.aten.reshape.default,
+        torch.ops.aten.contiguous.default,
+        torch.ops.aten.to.dtype,
+        torch.ops.aten.to.device,
+        torch.ops.aten.to.dtype_layout,
+        torch.ops.aten.dropout.default,
+        torch.ops.aten.flatten.using_ints,
+    )
+    return may_return_self or any(result.alias_info is not None for result in schema.returns)
+
+
+def _is_shared(node: fx.Node) -> bool:
+    return node.op != "call_function" or _is_view(node)

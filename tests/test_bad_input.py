@@ -1,0 +1,225 @@
+"""What cannot be done is refused with an error that says where, expected against found, and changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fxreuse
+
+from .architectures import randomise
+from .running import call, changes, snapshot
+from .strategies import Layer, Spec, Transformer
+
+SPEC = Spec(layers=4, heads=2, kv_heads=2, head_dim=4)
+
+
+def transformer(**settings: Any) -> torch.nn.Module:
+    return randomise(Transformer(dataclasses.replace(SPEC, **settings)))
+
+
+class Heads(torch.nn.Module):
+    """Three layers of one width; the last one has more heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        specs = [SPEC, SPEC, dataclasses.replace(SPEC, heads=4, kv_heads=4, head_dim=2)]
+        self.layers = torch.nn.ModuleList(Layer(spec, windowed=False) for spec in specs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, None, None)
+        return x
+
+
+class Pooled(torch.nn.Module):
+    """A softmax over tokens that weighs them for a mean: one query that is a parameter, no map between tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.head = torch.nn.Linear(8, 1), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.score(x).softmax(dim=1)
+        return self.head((weights * x).sum(dim=1)).softmax(-1)
+
+
+class Branching(torch.nn.Module):
+    """A branch on values, which no graph can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Transformer(SPEC)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            x = -x
+        return self.body(x)
+
+
+class Twins(torch.nn.Module):
+    """Two stacks of as many layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = Transformer(SPEC), Transformer(SPEC)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left(x) + self.right(x.flip(1))
+
+
+X = {"x": torch.zeros(2, 5, 8)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    build: Callable[[], torch.nn.Module]
+    plan: Any
+    inputs: Any
+    error: type[Exception]
+    says: tuple[str, ...]
+
+
+REFUSALS = {
+    "plan for more layers": Refusal(transformer, "3x3", X, fxreuse.PlanError, ("9 layers", "4 layers", "2x2", "4x1")),
+    "plan for fewer layers": Refusal(transformer, "FSS", X, fxreuse.PlanError, ("3 layers", "4 layers", "2x2")),
+    "unreadable plan": Refusal(transformer, "two", X, fxreuse.PlanError, ("'two'", "4x4")),
+    "no plan": Refusal(transformer, None, X, fxreuse.PlanError, ("NoneType", "4x4")),
+    "unknown stack": Refusal(transformer, "2x* stack=decoder", X, fxreuse.PlanError, ("decoder", "layers.{i}")),
+    "two stacks": Refusal(Twins, "2x*", X, fxreuse.PlanError, ("left.layers.{i}", "right.layers.{i}", "stack=")),
+    "no attention": Refusal(Pooled, "2x*", X, fxreuse.FxReuseError, ("attention",)),
+    "no softmax": Refusal(lambda: torch.nn.Linear(8, 8), "2x*", X["x"], fxreuse.FxReuseError, ("attention",)),
+    "different heads": Refusal(
+        Heads, "1+2", X, fxreuse.FxReuseError, ("layers.1.attention", "layers.2.attention", "2", "4")
+    ),
+    "different masks": Refusal(
+        lambda: transformer(mask="alternating"),
+        "leaders=0,1,0,0",
+        X,
+        fxreuse.FxReuseError,
+        ("layers.3.attention", "layers.0.attention", "mask"),
+    ),
+    "branch on values": Refusal(Branching, "2x*", X, fxreuse.CaptureError, ("test_bad_input.py", "target=")),
+    "missing argument": Refusal(lambda: transformer(cross=True), "2x*", {}, fxreuse.InputError, ("x",)),
+    "unknown argument": Refusal(transformer, "2x*", {**X, "frames": X["x"]}, fxreuse.InputError, ("frames",)),
+    "too many arguments": Refusal(transformer, "2x*", (X["x"],) * 4, fxreuse.InputError, ("4", "context")),
+    "no tensor": Refusal(transformer, "2x*", "text", fxreuse.InputError, ("str",)),
+    "wrong width": Refusal(transformer, "2x*", torch.zeros(2, 5, 6), fxreuse.FxReuseError, ("6", "8")),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS.keys())
+def test_is_refused(refusal: Refusal) -> None:
+    model = refusal.build().train()
+    before = snapshot(model)
+    with pytest.raises(fxreuse.FxReuseError) as caught:
+        fxreuse.apply(model, refusal.plan, refusal.inputs)
+    after = snapshot(model)
+    assert isinstance(caught.value, refusal.error)
+    assert [text for text in refusal.says if text not in str(caught.value)] == [], str(caught.value)
+    assert {kind: changes(before[kind], after[kind]) for kind in before} == {kind: [] for kind in before}
+
+
+def test_inputs_that_cannot_be_guessed_are_asked_for_by_name() -> None:
+    class Scored(torch.nn.Module):
+        def forward(self, left: torch.Tensor, right: list[torch.Tensor], *, power: int) -> torch.Tensor:
+            return F.softmax(left @ right[0].transpose(1, 2), -1) ** power @ right[1]
+
+    with pytest.raises(fxreuse.InputError) as caught:
+        fxreuse.apply(Scored(), "2x*")
+    assert [name for name in ("left", "right", "power", "example_inputs") if name not in str(caught.value)] == []
+
+
+def test_describe_wants_a_rewritten_model() -> None:
+    with pytest.raises(fxreuse.FxReuseError, match="Linear"):
+        fxreuse.describe(torch.nn.Linear(2, 2))
+
+
+class EvenLengths(torch.nn.Module):
+    """Another function where the length is a multiple of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Transformer(SPEC)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        return 2 * y if x.shape[1] % 4 == 0 else y
+
+
+@pytest.mark.parametrize(("captured", "same", "other"), [(8, 12, 10), (6, 7, 8)])
+def test_a_size_that_takes_another_branch_is_refused(captured: int, same: int, other: int) -> None:
+    model = randomise(EvenLengths())
+    rewritten = fxreuse.apply(model, "1x*", {"x": torch.randn(2, captured, 8)})
+    x = torch.randn(3, same, 8)
+    torch.testing.assert_close(rewritten(x), model(x))
+    with pytest.raises(fxreuse.InputError) as caught:
+        rewritten(torch.randn(3, other, 8))
+    assert [text for text in ("x", str(other), "4") if text not in str(caught.value)] == []
+
+
+@dataclasses.dataclass
+class Captured:
+    """One model rewritten twice: captured with its optional mask and without."""
+
+    model: torch.nn.Module
+    bare: torch.nn.Module
+    masked: torch.nn.Module
+    x: torch.Tensor
+    mask: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    torch.manual_seed(0)
+    model = transformer(padding="bool")
+    x, mask = SPEC.inputs(3, 6, 6)["x"], torch.ones(3, 6, dtype=torch.long)
+    mask[:, 4:] = 0
+    bare = fxreuse.apply(model, "1x*", (torch.randn(2, 5, 8),))
+    masked = fxreuse.apply(model, "1x*", {"x": torch.randn(2, 5, 8), "mask": torch.ones(2, 5, dtype=torch.long)})
+    return Captured(model, bare, masked, x, mask)
+
+
+def test_a_default_may_be_spelled_out(captured: Captured) -> None:
+    expected = captured.model(captured.x)
+    torch.testing.assert_close(captured.bare(captured.x, None, mask=None), expected)
+    torch.testing.assert_close(captured.bare(x=captured.x), expected)
+
+
+@pytest.mark.parametrize("which", ["argument that was not captured", "captured argument that is missing"])
+def test_another_set_of_arguments_is_never_ignored(captured: Captured, which: str) -> None:
+    """Captured anew or refused by name; both are right."""
+    missing = which.endswith("missing")
+    rewritten = captured.masked if missing else captured.bare
+    inputs = {"x": captured.x} if missing else {"x": captured.x, "mask": captured.mask}
+    assert not torch.allclose(captured.model(captured.x), captured.model(captured.x, mask=captured.mask))
+    try:
+        actual = call(rewritten, inputs)
+    except fxreuse.InputError as error:
+        found = str(error)
+    else:
+        torch.testing.assert_close(actual, call(captured.model, inputs))
+        return
+    assert "mask" in found
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"x": torch.zeros(5, 8)}, ("x", "3", "2")),
+        ({"x": torch.zeros(2, 5, 9)}, ("x", "8", "9")),
+        ({"x": torch.zeros(2, 5, 8), "frames": 3}, ("frames",)),
+        ({}, ("x",)),
+        ({"x": [1.0, 2.0]}, ("x", "list")),
+    ],
+    ids=["rank", "width", "unknown name", "nothing", "no tensor"],
+)
+def test_a_call_that_does_not_fit_is_refused(captured: Captured, inputs: dict[str, Any], says: tuple[str, ...]) -> None:
+    with pytest.raises(fxreuse.InputError) as caught:
+        captured.bare(**inputs)
+    assert [text for text in says if text not in str(caught.value)] == [], str(caught.value)

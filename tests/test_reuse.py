@@ -1,0 +1,219 @@
+"""Reuse on public architectures: equal to the original run eagerly with shared maps, and smaller as the record says."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import fxreuse
+from fxreuse.record import Record
+from fxreuse.reference import MapSharing, site_calls, site_name
+
+from .architectures import ARCHITECTURES, Case
+from .running import (
+    Gradients,
+    assert_same,
+    assert_same_gradients,
+    call,
+    call_original,
+    cast,
+    changes,
+    count_maps,
+    gradients,
+    named_tensors,
+    seeded_step,
+    snapshot,
+)
+
+LOWERINGS = ("materialize", "recompute")
+
+# Scores of these pass through a function that need not be recognised as affine in the product of Q and K.
+MAY_REFUSE_RECOMPUTE = {name for name in ARCHITECTURES if name.startswith("wavlm")}
+
+TOLERANCE = 1e-10
+
+
+@dataclasses.dataclass
+class Reused:
+    case: Case
+    lowering: str
+    rewritten: torch.nn.Module
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.case.model
+
+    @property
+    def record(self) -> Record:
+        return fxreuse.describe(self.rewritten)
+
+    def sharing(self, model: torch.nn.Module | None = None) -> MapSharing:
+        return MapSharing(self.model if model is None else model, self.case.followers())
+
+    def reference_gradients(self) -> Gradients:
+        with self.sharing():
+            return gradients(self.model, call_original(self.model, self.case.inputs))
+
+    def unused(self) -> set[str]:
+        """The parameters that the model does not use for these inputs, plan or no plan."""
+        found = gradients(self.model, call_original(self.model, self.case.inputs))
+        return {name for name, gradient in found.items() if gradient is None}
+
+
+def in_double(case: Case) -> Case:
+    return dataclasses.replace(
+        case,
+        model=case.model.double(),
+        inputs=cast(case.inputs, torch.float64),
+        other_inputs=cast(case.other_inputs, torch.float64),
+    )
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(name, lowering) for name in sorted(ARCHITECTURES) for lowering in LOWERINGS],
+    ids=lambda param: "-".join(param),
+)
+def reused(request: pytest.FixtureRequest) -> Reused:
+    name, lowering = request.param
+    case = in_double(ARCHITECTURES[name]())
+    call_original(case.model, case.inputs)  # what a model sets up at its first call is not for apply to answer for
+    before = snapshot(case.model)
+    try:
+        rewritten = fxreuse.apply(case.model, case.full_plan(f"lowering={lowering}"), case.inputs)
+    except fxreuse.UnsupportedError as error:
+        if name in MAY_REFUSE_RECOMPUTE and lowering == "recompute" and case.site.format(1) in str(error):
+            pytest.skip(f"refused, as it may be: {error}")
+        raise
+    return Reused(case, lowering, rewritten, before, snapshot(case.model))
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_sharing_a_map_makes_a_difference(name: str) -> None:
+    """What the other tests of this file rest on."""
+    case = in_double(ARCHITECTURES[name]())
+    sites = site_calls(case.model, case.inputs)
+    assert [(case.site.format(i), 0) for i in range(case.layers)] == [s for s in sites if matches(case.site, s[0])]
+    own = named_tensors(call_original(case.model, case.inputs))
+    with MapSharing(case.model, case.followers()):
+        shared = named_tensors(call_original(case.model, case.inputs))
+    change = max(float((own[place] - shared[place]).abs().max()) for place in own)
+    assert change > 1e-2
+    assert all(torch.isfinite(tensor).all() for tensor in own.values())
+
+
+def matches(template: str, path: str) -> bool:
+    head, tail = template.split("{}")
+    return path.startswith(head) and path.endswith(tail) and path[len(head) : len(path) - len(tail)].isdigit()
+
+
+@pytest.mark.parametrize("which", ["inputs", "other_inputs"])
+def test_equals_the_reference(reused: Reused, which: str) -> None:
+    inputs = getattr(reused.case, which)
+    with reused.sharing():
+        expected = call_original(reused.model, inputs)
+    assert_same(call(reused.rewritten, inputs), expected, TOLERANCE)
+
+
+def test_has_the_gradients_of_the_reference(reused: Reused) -> None:
+    actual = gradients(reused.rewritten, call(reused.rewritten, reused.case.inputs))
+    assert_same_gradients(actual, reused.reference_gradients(), TOLERANCE)
+
+
+def test_trains_as_the_reference(reused: Reused) -> None:
+    """Every consumer of a map has its own dropout, at the place in the random stream where it had it before."""
+    if reused.case.training_lost:
+        pytest.skip("the record says what training loses")
+    model, rewritten, inputs = copy.deepcopy(reused.model), copy.deepcopy(reused.rewritten), reused.case.inputs
+    with reused.sharing(model):
+        expected, expected_gradients = seeded_step(model, lambda: call_original(model, inputs))
+    actual, actual_gradients = seeded_step(rewritten, lambda: call(rewritten, inputs))
+    assert_same(actual, expected, TOLERANCE)
+    assert_same_gradients(actual_gradients, expected_gradients, TOLERANCE)
+
+
+def test_removes_what_the_reference_does_not_use(reused: Reused) -> None:
+    """A parameter that gets no gradient because maps are shared is gone; the record names it and its size."""
+    originals = dict(reused.model.named_parameters())
+    remaining = dict(reused.rewritten.named_parameters())
+    gradient = reused.reference_gradients()
+    unused = {name for name, value in gradient.items() if value is None} - reused.unused()
+    assert remaining.keys() == originals.keys() - unused
+    assert not unused & reused.rewritten.state_dict().keys()
+    removed, added = reused.record.removed, reused.record.added
+    assert unused <= removed.keys()
+    for name, parameter in originals.items():
+        left = remaining[name].numel() if name in remaining else 0
+        assert parameter.numel() - removed.get(name, 0) + added.get(name, 0) == left, name
+    total = sum(p.numel() for p in originals.values()) - sum(p.numel() for p in remaining.values())
+    assert total > 0
+    assert reused.record.parameters_removed - reused.record.parameters_added == total
+
+
+def test_shares_the_parameters_that_it_keeps(reused: Reused) -> None:
+    originals = dict(reused.model.named_parameters())
+    for name, parameter in reused.rewritten.named_parameters():
+        assert parameter is originals[name] or parameter.shape != originals[name].shape, name
+
+
+def test_every_remaining_parameter_learns(reused: Reused) -> None:
+    """Those aside that do not get a gradient in the reference either, or one that is zero up to rounding."""
+    rewritten = copy.deepcopy(reused.rewritten).train()
+    reference = reused.reference_gradients()
+    used = {name for name, value in reference.items() if value is not None and float(value.abs().max()) > 1e-9}
+    remaining = dict(rewritten.named_parameters())
+    assert len(used & remaining.keys()) > len(remaining) // 2
+    before = {name: parameter.detach().clone() for name, parameter in remaining.items()}
+    optimizer = torch.optim.SGD(rewritten.parameters(), lr=0.1)
+    for _ in range(3):  # a layer may be dropped in one of them
+        found = gradients(rewritten, call(rewritten, reused.case.inputs))
+        for name, parameter in remaining.items():
+            parameter.grad = found[name]
+        optimizer.step()
+    assert [name for name in sorted(used & remaining.keys()) if torch.equal(remaining[name], before[name])] == []
+
+
+def test_computes_a_map_for_each_group(reused: Reused) -> None:
+    sites = len(site_calls(reused.model, reused.case.inputs))
+    followers = len(reused.case.followers())
+    expected = sites - followers if reused.lowering == "materialize" else sites
+    assert count_maps(reused.rewritten) == expected
+
+
+def test_records_a_decision_for_every_site(reused: Reused) -> None:
+    case = reused.case
+    decisions = {decision.site: decision for decision in reused.record.decisions}
+    assert len(decisions) == len(reused.record.decisions)
+    for layer, leader in enumerate(case.leaders):
+        decision = decisions.pop(case.site.format(layer))
+        alone = case.leaders.count(layer) == 1
+        assert decision.layer == layer
+        assert decision.action == ("follow" if leader != layer else "keep" if alone else "lead")
+        assert decision.leader == (case.site.format(leader) if leader != layer else None)
+        if leader != layer:
+            assert decision.lowering == reused.lowering
+            assert any(name.startswith(case.layer.format(layer)) for name in decision.removed), decision
+    others = {site_name(site) for site in site_calls(reused.model, case.inputs)}
+    assert decisions.keys() <= others
+    assert {decision.action for decision in decisions.values()} <= {"keep", "skip"}
+    assert {name for decision in reused.record.decisions for name in decision.removed} == set(reused.record.removed)
+
+
+def test_every_layer_is_a_module_with_code(reused: Reused) -> None:
+    for layer in range(reused.case.layers):
+        outlined = reused.rewritten.get_submodule(reused.case.layer.format(layer))
+        assert isinstance(outlined, torch.fx.GraphModule), type(outlined)
+        assert "def forward(" in outlined.code
+        assert any(node.op == "call_function" for node in outlined.graph.nodes)
+
+
+def test_leaves_the_model_untouched(reused: Reused) -> None:
+    assert {what: changes(before, reused.after[what]) for what, before in reused.before.items()} == {
+        what: [] for what in reused.before
+    }
