@@ -22,24 +22,21 @@ def einsum_macs(
 
     Of two operands, an index that only one of them has, and that nobody needs afterwards, is summed out first. If
     an index is then left to contract, the pair costs the product of all its index sizes; otherwise it is an
-    elementwise product, which is not counted. Without a ``path`` (pairs of positions, flattened) the first two
-    operands are contracted and their result goes to the end, until one is left.
+    elementwise product, which is not counted. Without a ``path`` operands are contracted from left to right; with one
+    (pairs of positions, flattened) the result of a pair goes to the end.
 
     >>> b, t = sympy.symbols("B T")
     >>> einsum_macs("bid,bjd->bij", [(b, t, sympy.Integer(8)), (b, t, sympy.Integer(8))])
     8*B*T**2
     """
     operands, output = _parse(equation, shapes)
-    steps = zip(path[::2], path[1::2], strict=True) if path else itertools.repeat((0, 1))
+    steps = zip(path[::2], path[1::2], strict=True) if path else [(0, 1)] * (len(operands) - 1)
     total: sympy.Expr = sympy.Integer(0)
-    for first, second in steps:
-        if len(operands) < 2:
-            break
-        right, left = operands.pop(max(first, second)), operands.pop(min(first, second))
-        needed = output.union(*operands)
-        cost, result = _contract(left, right, needed)
+    for pair in steps:
+        right, left = operands.pop(max(pair)), operands.pop(min(pair))
+        cost, result = _contract(left, right, needed=output.union(*operands))
         total += cost
-        operands.append(result)
+        operands.insert(len(operands) if path else 0, result)
     return total
 
 

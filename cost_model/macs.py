@@ -48,7 +48,6 @@ WITHOUT_FORMULA = frozenset({
     "fbgemm_linear_fp16_weight_fp32_activation", "_wrapped_quantized_linear_prepacked",
 })  # fmt: skip
 
-
 #: Higher-order operators that run a graph, found in their first graph argument, on the operands that follow it.
 REGIONS = frozenset({
     "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_activation_checkpoint", "tag_activation_checkpoint",
@@ -59,21 +58,19 @@ def macs_of(node: fx.Node) -> sympy.Expr:
     """The multiply-accumulates of one node, in the symbols of the capture.
 
     Arguments:
-        node: any node whose inputs and value have ``meta["val"]``; a call of a module, or of a region that
-            has a graph of its own, counts as 0: `walk` steps into it.
+        node: any node whose inputs and value have ``meta["val"]``; a call of a module, or of a region with a graph of
+            its own, counts as 0, since what it executes are nodes of that graph.
 
     Raises:
         UnsupportedError: for an operator that contracts without a formula, or that is of an unknown library.
     """
-    if node.op != "call_function" or node.target is operator.getitem:
-        return sympy.Integer(0)
     name = operator_name(node)
+    if node.op != "call_function" or node.target is operator.getitem or name in REGIONS:
+        return sympy.Integer(0)
     found = _FORMULAS.get(name)
     if found is not None:
         return found(node)
     library, _, short = name.partition(".")
-    if name in REGIONS:
-        return sympy.Integer(0)
     if library in ("aten", "prims"):
         if short in WITHOUT_FORMULA or short.endswith("_backward"):
             raise _unsupported(node, name)

@@ -53,7 +53,8 @@ class Summary:
     @property
     def symbols(self) -> dict[str, sympy.Symbol]:
         """The symbols of the expressions, by name."""
-        return {str(symbol): symbol for symbol in sorted(self.names.symbols.values(), key=str)}
+        free = self.macs.free_symbols | self.map_bytes.free_symbols
+        return {str(symbol): symbol for symbol in sorted(free, key=str)}
 
     def at(self, **sizes: int) -> Numbers:
         """The numbers at these sizes: ``at(B=1, T=512)``, or by input and dimension, ``at(input_ids_1=512)``.
@@ -96,12 +97,11 @@ class Summary:
         return self._numbers(solve(wanted))
 
     def _numbers(self, values: Mapping[sympy.Symbol, int]) -> Numbers:
-        needed = self.macs.free_symbols | self.map_bytes.free_symbols
-        missing = sorted(str(symbol) for symbol in needed - values.keys())
+        missing = [name for name, symbol in self.symbols.items() if symbol not in values]
         if missing:
             raise InputError(f"The size {missing[0]} is missing. The sizes are: {self._sizes_text()}.")
         replaced = {symbol: sympy.Integer(size) for symbol, size in values.items()}
-        taken = {str(symbol): size for symbol, size in values.items()}
+        taken = {name: values[symbol] for name, symbol in self.symbols.items()}
         tokens = self.names.sizes.get("T")
         if tokens is not None and tokens.free_symbols <= values.keys():
             taken["T"] = int(tokens.xreplace(replaced))
@@ -133,6 +133,15 @@ def summarise(program: Program, example_sizes: Mapping[str, tuple[int, ...]] | N
 
     Raises:
         UnsupportedError: for an operator or a module whose work is not known.
+
+    >>> import torch
+    >>> from fxreuse.frontend import load_program
+    >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    >>> summary = summarise(load_program(layer, torch.ones(3, 5, 8)))
+    >>> summary.params, summary.macs, summary.map_bytes
+    (600, 16*B*T**2 + 512*B*T, 8*B*T**2)
+    >>> summary.at(B=1, T=100).macs
+    211200
     """
     counts = count(program)
     names = names_of(program, counts.maps, counts.macs.free_symbols | counts.map_bytes.free_symbols)

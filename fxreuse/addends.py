@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 from torch import fx
 
 from .axes import sizes
 from .contractions import contraction
-from .flow import Flow
+from .flow import Flow, value_operands
 from .follow import SAME_VALUE, arguments, aten, followable, is_elementwise, packet
+from .program import Program, get_attribute
 from .value_numbers import ValueNumbers, digest
 
 _SELECTIONS = frozenset({aten.where, aten.masked_fill})
@@ -26,14 +28,14 @@ class Mask:
     """A mask: the values that are added, or a condition of which ``keeps`` says what it does where it holds.
 
     ``keeps`` is None for values; True where the condition lets scores through, False where it replaces them.
-    ``number`` is the same for masks that mask by the same values. It is ``hard`` if what it does not let through
-    gets no weight at all, and nothing else is done to it.
+    ``number`` is the same for masks that mask by the same values. It is ``plain`` if nothing more is done to it on its
+    way to the softmax, and what a condition does not let through gets no weight at all.
     """
 
     node: fx.Node
     keeps: bool | None
     number: str
-    hard: bool
+    plain: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class _Splitter:
         found = contraction(node)
         if node in self._spine and found is not None:
             if found.addend is not None:
-                self.split(found.addend, (*outer, self._signature(node)) if node.kwargs.get("beta", 1) != 1 else outer)
+                self.split(found.addend, (*outer, self._signature(node)) if arguments(node).get("beta", 1) != 1 else outer)
             return
         if op is aten.add or op is aten.sub or op is aten.subtract:
             self._sum(node, outer)
@@ -113,7 +115,10 @@ class _Splitter:
     def _fill(self, value: object) -> str:
         """A filling value; the huge negative ones, of which every softmax makes zero, are all one."""
         if isinstance(value, fx.Node):
-            return self._numbers(value)
+            number = constant(value, self._flow.program)
+            if number is None:
+                return self._numbers(value)
+            value = number
         assert isinstance(value, (int, float))
         return "drop" if value < -1e9 or math.isinf(value) else repr(float(value))
 
@@ -128,9 +133,9 @@ class _Splitter:
         operands = [o for o in node.all_input_nodes if hasattr(o.meta.get("val"), "shape")]
         inside = (*outer, self._signature(node)) if packet(node) not in SAME_VALUE else outer
         for operand in operands:
-            if operand in self._spine or operand in self._flow.parameters:
+            if operand in self._spine or (operand in self._flow.parameters and packet(node) not in _SCALINGS):
                 self.split(operand, inside)
-            elif packet(node) in _SCALINGS and sizes(operand):
+            elif operand not in self._flow.parameters and packet(node) in _SCALINGS and sizes(operand):
                 self._mask(operand, None, (*outer, "factor"))
 
     def _is_layout(self, node: fx.Node) -> bool:
@@ -150,7 +155,7 @@ class _Splitter:
         node, keeps = _without_negation(node, keeps)
         fill = tuple(text for text in outer if text != "drop") if keeps is not None else outer
         number = digest("mask", self._numbers(node), str(keeps), *fill)
-        self.masks.append(Mask(node, keeps, number, hard=keeps is not None and not fill))
+        self.masks.append(Mask(node, keeps, number, plain=not fill))
 
 
 def _is_condition(node: fx.Node) -> bool:
@@ -165,3 +170,15 @@ def _without_negation(node: fx.Node, keeps: bool | None) -> tuple[fx.Node, bool 
             break
         node, keeps = operand, not keeps
     return node, keeps
+
+
+def constant(node: fx.Node, program: Program) -> float | None:
+    """The number that a node without dimensions is, if it is a constant."""
+    while packet(node) in SAME_VALUE:
+        node = value_operands(node)[0]
+    if packet(node) is aten.full and isinstance(node.args[1], (int, float)):
+        return float(node.args[1])
+    if node.op != "get_attr" or sizes(node):
+        return None
+    value = get_attribute(program.module, str(node.target))
+    return None if isinstance(value, torch.nn.Parameter) or value.is_meta else float(value)

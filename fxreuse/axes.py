@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 Size: TypeAlias = "int | sympy.Expr"
 
@@ -38,9 +39,19 @@ Layout: TypeAlias = "tuple[tuple[Part, ...], ...]"
 def size(value: Any) -> Size:
     """A size as a number, or as a sympy expression where it is free."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        expression = value.node.expr
-        return int(expression) if isinstance(expression, sympy.Integer) else expression
+        return _simplified(value.node.expr)
     return value
+
+
+@functools.lru_cache(maxsize=4096)
+def _simplified(expression: sympy.Expr) -> Size:
+    """An expression with the divisions carried out that leave no remainder (``-1`` in a reshape makes such)."""
+
+    def divided(whole: sympy.Expr, factor: sympy.Expr) -> sympy.Expr:
+        exact = quotient(whole, factor)
+        return FloorDiv(whole, factor) if exact is None else sympy.sympify(exact)
+
+    return _number_or(expression.replace(FloorDiv, divided) if expression.has(FloorDiv) else expression)
 
 
 def sizes(node: fx.Node) -> tuple[Size, ...]:
@@ -71,11 +82,10 @@ def quotient(whole: Size, factor: Size) -> Size | None:
     numerator, denominator = ratio.as_numer_denom()
     if denominator != 1 or any(not c.is_integer for c in numerator.as_coefficients_dict().values()):
         return None
-    return size_of_expression(ratio)
+    return _number_or(ratio)
 
 
-def size_of_expression(expression: sympy.Expr) -> Size:
-    """An expression, as a plain number where it is one."""
+def _number_or(expression: sympy.Expr) -> Size:
     return int(expression) if isinstance(expression, sympy.Integer) else expression
 
 
@@ -142,16 +152,17 @@ def resized(dim: tuple[Part, ...], new: Size) -> tuple[Part, ...]:
 
 
 def broadcast(layout: Layout, own: Sequence[Size], shape: Sequence[Size]) -> Layout | None:
-    """The layout of a tensor of sizes ``own`` after it was broadcast to ``shape``."""
+    """The layout of a tensor of sizes ``own`` after it was broadcast to ``shape``.
+
+    Two free sizes that meet are equal, even where their expressions are not.
+    """
     extra = len(shape) - len(own)
     if extra < 0:
         return None
     result: list[tuple[Part, ...]] = [(Part(None, s),) for s in shape[:extra]]
     for dim, before, after in zip(layout, own, shape[extra:], strict=True):
-        if before == after:
-            result.append(dim)
-        elif before == 1:
+        if before == 1 and after != 1:
             result.append((Part(None, after),))
         else:
-            return None
+            result.append(dim if before == after else resized(dim, after))
     return tuple(result)

@@ -51,6 +51,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     program.mode_modules = modules
     program.call = dataclasses.replace(program.call, accepted=_accepted(program.call, model))
     program.attention_dropout = facts.attention_dropout
+    program.functional_dropout = facts.functional_dropout
     program.layerdrop = facts.layerdrop
     program.containers = {path: type(module) for path, module in model.named_modules()}
     return program

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .axes import Layout, Part, Size, sizes
-from .follow import aten, packet
+from .follow import aten, arguments, packet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,42 +81,32 @@ def _matmul(node: fx.Node, left: fx.Node, right: fx.Node, addend: fx.Node | None
 
 
 def _plain(node: fx.Node) -> Contraction | None:
-    left, right = node.args[:2]
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
+    left, right = (value for value in arguments(node).values() if isinstance(value, fx.Node))
     return _matmul(node, left, right)
 
 
 def _with_addend(node: fx.Node) -> Contraction | None:
-    addend, left, right = node.args[:3]
-    assert isinstance(addend, fx.Node)
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
-    return _matmul(node, left, right, None if node.kwargs.get("beta", 1) == 0 else addend)
+    named = arguments(node)
+    addend, left, right = (value for value in named.values() if isinstance(value, fx.Node))
+    return _matmul(node, left, right, None if named["beta"] == 0 else addend)
 
 
 def _linear(node: fx.Node) -> Contraction | None:
-    left, right = node.args[:2]
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
-    addend: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    named = arguments(node)
+    left, right = named["input"], named["weight"]
     if len(sizes(right)) != 2:
         return None
     outer = _BATCH[len(_BATCH) - len(sizes(left)) + 1 :]
-    return Contraction(node, left, right, outer + "k", "nk", outer + "n", addend)
+    return Contraction(node, left, right, outer + "k", "nk", outer + "n", named["bias"])
 
 
 def _einsum(node: fx.Node) -> Contraction | None:
-    equation, operands = node.args[0], node.args[1]
-    if not isinstance(operands, (list, tuple)) or len(operands) != 2:
+    named = arguments(node)
+    if len(named["tensors"]) != 2:
         return None
-    labels = einsum_labels(str(equation), [len(sizes(o)) for o in operands if isinstance(o, fx.Node)])
-    if labels is None:
-        return None
-    left, right = operands
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
-    return Contraction(node, left, right, *labels)
+    left, right = named["tensors"]
+    labels = einsum_labels(named["equation"], [len(sizes(left)), len(sizes(right))])
+    return None if labels is None else Contraction(node, left, right, *labels)
 
 
 def einsum_labels(equation: str, ranks: list[int]) -> tuple[str, str, str] | None:

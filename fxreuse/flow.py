@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from .contractions import contraction
-from .follow import aten, packet
+from .follow import VIEWS, aten, packet
 from .program import Program, get_attribute
 
 #: Fused attentions, as operators.
@@ -57,6 +57,23 @@ class Flow:
         if self._carries_tokens(node, read):
             self.tokens.add(node)
             self._place(node, [o for o in read if o in self.tokens])
+        self._write(node)
+
+    def _write(self, node: fx.Node) -> None:
+        """What an in-place operator makes is from then on also what the tensor holds that it writes into."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not node.args or not isinstance(node.args[0], fx.Node):
+            return
+        written = node.args[0]
+        while (packet(written) in VIEWS) and isinstance(written.args[0], fx.Node):
+            written = written.args[0]
+        for group in (self.inputs, self.parameters, self.projected):
+            if node in group:
+                group.add(written)
+        if node in self.tokens:
+            above = [node, written] if written in self.tokens else [node]
+            self.tokens.add(written)
+            self._place(written, above)
 
     def _reads_parameter(self, node: fx.Node) -> bool:
         if node.op == "get_attr":

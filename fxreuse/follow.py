@@ -35,6 +35,9 @@ _EXPANDING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to})
 #: Operators that take a range of an axis, lengthen it, or move its elements about.
 _RESIZING = frozenset({aten.slice, aten.narrow, aten.pad, aten.constant_pad_nd, aten.cat, aten.concat, aten.roll, aten.flip})
 
+#: Operators whose result shares its storage with their first argument, or may.
+VIEWS = _PERMUTING | _REGROUPING | _EXPANDING | {aten.slice, aten.narrow, aten.select, aten.alias, aten.detach}
+
 _SPLITTING = frozenset({aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split})
 
 #: Elementwise operators that do not carry torch's tag for them, and others that keep every axis at its place.

@@ -28,6 +28,8 @@ def channel_layout(node: fx.Node, flow: Flow) -> Layout:
         if not ahead:
             break
         path.append(ahead[0])
+    if len(path) == 1 and not _is_projection(node, flow):
+        return _conventional(node)
     layout: Layout | None = start(path[-1], _channels(path[-1], flow))
     for operand, reader in zip(path[::-1], path[-2::-1], strict=False):
         layout = None if layout is None else transfer(reader, operand, layout, flow.program)

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from .index_bounds import SizeBounds
-from .index_forms import Affine, Number, Truth, Unknown, Value, always, substitute
+from .index_forms import Affine, Number, Truth, Unknown, Value
+from .index_values import always, substitute
 
 
 @dataclasses.dataclass(frozen=True)

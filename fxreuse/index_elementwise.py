@@ -24,16 +24,13 @@ from .index_forms import (
     Truth,
     Unknown,
     Value,
-    always,
     at_most_zero,
-    cases,
-    combine,
     conjunction,
     disjunction,
     negation,
     select,
-    test,
 )
+from .index_values import always, cases, combine, satisfied
 
 Handler = Callable[[Call], Value]
 
@@ -44,7 +41,7 @@ def truth(value: Value) -> Formula:
     """The formula of a value as a bool: numbers are true where they are not 0."""
     if not isinstance(value, Cases):
         return value
-    return test(
+    return satisfied(
         lambda leaf: negation(_equals_zero(leaf)) if isinstance(leaf, Affine) else Truth(leaf.value != 0), value
     )
 
@@ -55,9 +52,7 @@ def numbers(value: Value, dtype: torch.dtype, ndim: int) -> Cases | Unknown:
         return value
     if isinstance(value, Cases):
         return combine(lambda leaf: _convert(leaf, dtype), value)
-    one, zero = (
-        Affine.constant(bit, ndim) if dtype is torch.int64 else Number(float(bit)) for bit in (1, 0)
-    )
+    one, zero = (Affine.constant(bit, ndim) if dtype is torch.int64 else Number(float(bit)) for bit in (1, 0))
     return cases([(value, one), (negation(value), zero)])
 
 
@@ -184,7 +179,7 @@ def comparison(call: Call) -> Value:
     known = [value for value in values if isinstance(value, Cases)]
     if len(known) < len(values):
         return next(value for value in values if isinstance(value, Unknown))
-    return test(apply, *known)
+    return satisfied(apply, *known)
 
 
 def _compare(operator: str, one: Affine, other: Affine) -> Formula:

@@ -1,7 +1,6 @@
 """What an element of an index tensor is, as a function of its position: the vocabulary of mask proofs.
 
-Masks are made of position arithmetic: `arange`, additions, comparisons, conjunctions. Here such a tensor is described
-*exactly*, for every size at once:
+Masks are made of position arithmetic. Here such a tensor is described *exactly*, for every size at once:
 
 * an element of an integer tensor is an `Affine` form ``c + Σ a_k · i_k`` of its own index ``(i_0 … i_n)``: the ``a_k``
   are integers, ``c`` is an expression of the symbolic sizes;
@@ -21,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import sympy
@@ -30,8 +29,6 @@ import sympy
 INTEGER_LIMIT = 2**30
 #: A formula of more comparisons than this is given up: no mask that anybody writes needs it.
 FORMULA_LIMIT = 64
-#: A tensor that takes more different values than this is given up.
-CASES_LIMIT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +84,11 @@ class Affine:
         return Unknown("very large integers") if any(abs(i) > INTEGER_LIMIT for i in integers) else self
 
     def __str__(self) -> str:
-        signed = [(a, f"i{k}") for k, a in enumerate(self.coeffs) if a]
-        signed.sort(key=lambda term: term[0] < 0)
+        signed = sorted(((a, f"i{k}") for k, a in enumerate(self.coeffs) if a), key=lambda term: term[0] < 0)
         text = "".join(f" {'-' if a < 0 else '+'} {'' if abs(a) == 1 else f'{abs(a)}*'}{name}" for a, name in signed)
         if self.const != 0 or not text:
             const = str(self.const)
-            text += f" - {const[1:]}" if const.startswith("-") and self.const.is_number else f" + {const}"
+            text += f" - {const[1:]}" if const.startswith("-") else f" + {const}"
         return text[3:] if text.startswith(" + ") else f"-{text[3:]}"
 
 
@@ -204,12 +200,11 @@ def disjunction(*parts: Formula) -> Formula:
 def _join(kind: type[Every] | type[Some], parts: Sequence[Formula], neutral: bool) -> Formula:
     flat = itertools.chain.from_iterable(part.parts if isinstance(part, kind) else (part,) for part in parts)
     kept = [part for part in dict.fromkeys(flat) if part != Truth(neutral)]
-    if Truth(not neutral) in kept:
+    opposites = (negation(part) for part in kept if isinstance(part, AtMostZero))
+    if Truth(not neutral) in kept or any(opposite in kept for opposite in opposites):
         return Truth(not neutral)
-    if not kept:
-        return Truth(neutral)
-    if len(kept) == 1:
-        return kept[0]
+    if len(kept) <= 1:
+        return kept[0] if kept else Truth(neutral)
     joined = kind(tuple(kept))
     return joined if _weight(joined) <= FORMULA_LIMIT else Unknown("a formula of too many comparisons")
 
@@ -225,68 +220,13 @@ def select(condition: Formula, then: Formula, otherwise: Formula) -> Formula:
     return disjunction(conjunction(condition, then), conjunction(negation(condition), otherwise))
 
 
-def cases(parts: Iterable[tuple[Formula, Leaf]]) -> Cases | Unknown:
-    """The value that is ``leaf`` where its condition holds, equal leaves merged."""
-    merged: dict[Leaf, Formula] = {}
-    for condition, leaf in parts:
-        if condition != Truth(False):
-            merged[leaf] = disjunction(merged[leaf], condition) if leaf in merged else condition
-    if not merged or len(merged) > CASES_LIMIT:
-        return Unknown("a tensor of too many different values")
-    if len(merged) == 1:
-        return Cases(tuple((Truth(True), leaf) for leaf in merged))
-    return Cases(tuple((condition, leaf) for leaf, condition in merged.items()))
-
-
-def always(leaf: Leaf) -> Cases:
-    """The value that is ``leaf`` at every index."""
-    return Cases(((Truth(True), leaf),))
-
-
-def combine(function: Callable[..., Leaf | Unknown], *values: Cases) -> Cases | Unknown:
-    """The values that a function of several values takes, with the conditions for each."""
-    parts = []
-    for choice in itertools.product(*(value.parts for value in values)):
-        condition = conjunction(*(condition for condition, _ in choice))
-        if condition == Truth(False):
-            continue
-        leaf = function(*(leaf for _, leaf in choice))
-        if isinstance(leaf, Unknown):
-            return leaf
-        parts.append((condition, leaf))
-    return cases(parts)
-
-
-def test(predicate: Callable[..., Formula], *values: Cases) -> Formula:
-    """The formula of a predicate of several values."""
-    return disjunction(
-        *(
-            conjunction(*(condition for condition, _ in choice), predicate(*(leaf for _, leaf in choice)))
-            for choice in itertools.product(*(value.parts for value in values))
-        )
-    )
-
-
-def substitute(value: Value, rows: Sequence[Affine | None], ndim: int) -> Value:
-    """The description after a change of index: old index ``k`` is ``rows[k]`` of the new index of ``ndim`` dimensions.
-
-    A row that is None says that the old index is not described; what depends on it becomes Unknown.
-    """
-    if isinstance(value, Cases):
-        parts = []
-        for condition, leaf in value.parts:
-            moved = _substitute_form(leaf, rows, ndim) if isinstance(leaf, Affine) else leaf
-            if isinstance(moved, Unknown):
-                return moved
-            parts.append((substitute_formula(condition, rows, ndim), moved))
-        return cases(parts)
-    return substitute_formula(value, rows, ndim)
-
-
 def substitute_formula(formula: Formula, rows: Sequence[Affine | None], ndim: int) -> Formula:
-    """`substitute` for a formula."""
+    """The formula after a change of index: old index ``k`` is ``rows[k]`` of the new index of ``ndim`` dimensions.
+
+    Where a row is None the old index is not described; what depends on it becomes Unknown.
+    """
     if isinstance(formula, AtMostZero):
-        form = _substitute_form(formula.form, rows, ndim)
+        form = substitute_form(formula.form, rows, ndim)
         return form if isinstance(form, Unknown) else at_most_zero(form)
     if isinstance(formula, (Every, Some)):
         join = conjunction if isinstance(formula, Every) else disjunction
@@ -294,7 +234,8 @@ def substitute_formula(formula: Formula, rows: Sequence[Affine | None], ndim: in
     return formula
 
 
-def _substitute_form(form: Affine, rows: Sequence[Affine | None], ndim: int) -> Affine | Unknown:
+def substitute_form(form: Affine, rows: Sequence[Affine | None], ndim: int) -> Affine | Unknown:
+    """A form after the same change of index."""
     result = Affine.constant(form.const, ndim)
     for coefficient, row in zip(form.coeffs, rows, strict=True):
         if not coefficient:

@@ -14,7 +14,8 @@ import torch
 from torch import fx
 
 from .index_call import Call, broadcast, is_tensor, same_size, sizes_of
-from .index_forms import Affine, Cases, Unknown, Value, substitute
+from .index_forms import Affine, Cases, Unknown, Value
+from .index_values import substitute
 
 Handler = Callable[[Call], Value]
 
@@ -59,9 +60,10 @@ def transpose(call: Call) -> Value:
     return _permuted(call, order)
 
 
-def reversed_dims(call: Call) -> Value:
-    """``t``: a matrix transposed; a vector as it is."""
-    return _permuted(call, list(reversed(range(call.ndim))))
+def transpose_last(call: Call) -> Value:
+    """``t`` and ``mT``: the last two dimensions transposed; a vector as it is."""
+    order = list(range(call.ndim))
+    return _permuted(call, [*order[:-2], *reversed(order[-2:])])
 
 
 def _permuted(call: Call, order: Sequence[int]) -> Value:
@@ -174,7 +176,7 @@ HANDLERS: dict[torch._ops.OpOverloadPacket, Handler] = {
     **dict.fromkeys((aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten), reshape),
     **dict.fromkeys((aten.transpose, aten.swapaxes), transpose),
     aten.permute: permute,
-    aten.t: reversed_dims,
+    **dict.fromkeys((aten.t, aten.mT), transpose_last),
     aten.slice: slice_,
     aten.narrow: narrow,
     aten.select: select_,

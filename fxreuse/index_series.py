@@ -9,19 +9,8 @@ import torch
 
 from .index_call import Call, broadcast, integer_expression, is_tensor, same_size
 from .index_elementwise import cast, numbers, rounded
-from .index_forms import (
-    Affine,
-    Cases,
-    Truth,
-    Unknown,
-    Value,
-    always,
-    at_most_zero,
-    cases,
-    conjunction,
-    negation,
-    substitute,
-)
+from .index_forms import Affine, Cases, Truth, Unknown, Value, at_most_zero, conjunction, negation
+from .index_values import always, cases, substitute
 
 Handler = Callable[[Call], Value]
 

@@ -12,11 +12,11 @@ from .addends import Mask
 from .axes import sizes
 from .flow import Flow
 from .follow import SAME_VALUE, arguments, aten, packet
-from .index_forms import AtMostZero, Every, Formula, Number, Truth, negation
+from .index_forms import AtMostZero, Every, Formula, Number, Some, Truth, negation
 from .mask_proof import MaskProver
 from .program import Program, get_attribute
 
-_AND = frozenset({aten.bitwise_and, aten.logical_and, aten.__and__})
+_AND = frozenset({aten.bitwise_and, aten.logical_and, aten.__and__, aten.mul})
 _OR = frozenset({aten.bitwise_or, aten.logical_or, aten.__or__})
 _NOT = frozenset({aten.bitwise_not, aten.logical_not})
 _MOVING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to, aten.reshape, aten.unsqueeze}) | SAME_VALUE
@@ -30,7 +30,7 @@ class MaskNames:
     """Names and keys of the masks of a program.
 
     A mask is ``causal``; a ``window`` (a band around the diagonal, or one side of it); ``padding`` (it depends on an
-    input, and is the same for every query); ``input`` (it depends on an input in any other way); or ``fixed`` (it
+    input, and only on the key, or only on the query); ``input`` (it depends on an input in any other way); or ``fixed`` (it
     depends on no input). Several joined by *and* are named together: ``causal+padding``.
     """
 
@@ -55,8 +55,11 @@ class MaskNames:
         keys = {"causal"} if is_causal else set()
         for mask in masks:
             names = self._names(mask)
-            if names or not mask.hard:
-                keys.add("causal" if mask.hard and names == {"causal"} else mask.number)
+            proved = mask.plain and (mask.keeps is not None or mask.node not in self._flow.inputs)
+            if proved and names <= {"causal"}:
+                keys |= names
+            else:
+                keys.add(mask.number)
         return "+".join(sorted(keys)) or "none"
 
     def _names(self, mask: Mask) -> frozenset[str]:
@@ -68,13 +71,13 @@ class MaskNames:
 
     def _of_condition(self, node: fx.Node, keeps: bool) -> Iterator[str]:
         """The names of a condition, part by part."""
-        while packet(node) in _MOVING | _NOT and _is_bool(node.args[0]) and not self._is_padding(node):
+        while (packet(node) in _MOVING or _is_negation(node)) and not self._is_padding(node):
             keeps = keeps != (packet(node) in _NOT)
             node = node.args[0]  # type: ignore[assignment]
         if self._is_padding(node):
             yield "padding"
         elif packet(node) in (_AND if keeps else _OR):
-            for operand in node.all_input_nodes:
+            for operand in filter(_is_tensor, node.all_input_nodes):
                 yield from self._of_condition(operand, keeps)
         elif self._prover.constant(node) is not keeps:
             yield from self._of_part(node, keeps)
@@ -112,12 +115,11 @@ class MaskNames:
             yield "input"
 
     def _is_padding(self, node: fx.Node) -> bool:
-        """Whether a value depends on an input, and is the same for every query."""
-        shape = sizes(node)
-        return node in self._flow.inputs and (len(shape) < 2 or shape[-2] == 1)
+        """Whether a value depends on an input, and only on the key or only on the query."""
+        return node in self._flow.inputs and (len(sizes(node)) < 2 or 1 in sizes(node)[-2:])
 
     def _is_number(self, node: fx.Node) -> bool:
-        return not sizes(node) or self._prover.forms[node] == Truth(True)
+        return not sizes(node) or node not in self._flow.inputs and self._prover.forms[node] == Truth(True)
 
     def _is_zero(self, value: object) -> bool:
         if not isinstance(value, fx.Node):
@@ -140,27 +142,40 @@ class MaskNames:
 
 def _of_formula(formula: Formula) -> Iterator[str]:
     """The names of a formula of the index, whose last two places are those of query and key."""
-    if formula == Truth(True):
-        return
     if isinstance(formula, Every):
         for part in formula.parts:
             yield from _of_formula(part)
-        return
-    if isinstance(formula, AtMostZero) and len(formula.form.coeffs) >= 2:
-        *rest, query, key = formula.form.coeffs
-        offset = formula.form.const
-        if not any(rest) and (query, key) == (-1, 1):
-            yield "causal" if offset == 0 else "window"
-            return
-        if not any(rest) and (query, key) == (1, -1) and (not offset.is_Integer or offset < 0):
+    elif not _is_certain(formula):
+        if not _is_band(formula):
+            yield "fixed"
+        elif isinstance(formula, AtMostZero) and formula.form.coeffs[-1] == 1 and formula.form.const == 0:
+            yield "causal"
+        else:
             yield "window"
-            return
-    yield "fixed"
+
+
+def _is_certain(formula: Formula) -> bool:
+    """Whether a formula is true at every index, seen without regard to sizes: indices are not negative."""
+    if not isinstance(formula, AtMostZero):
+        return formula == Truth(True)
+    form = formula.form
+    return max(form.coeffs, default=0) <= 0 and form.const.is_Integer and bool(form.const <= 0)
+
+
+def _is_band(formula: Formula) -> bool:
+    """Whether a formula speaks only of the distance of key from query."""
+    if isinstance(formula, (Every, Some)):
+        return all(map(_is_band, formula.parts))
+    if not isinstance(formula, AtMostZero) or len(formula.form.coeffs) < 2:
+        return False
+    *rest, query, key = formula.form.coeffs
+    return not any(rest) and query == -key and abs(key) == 1
 
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
-def _is_bool(value: object) -> bool:
-    return isinstance(value, fx.Node) and _is_tensor(value) and value.meta["val"].dtype is torch.bool
+def _is_negation(node: fx.Node) -> bool:
+    operand = node.args[0] if packet(node) in _NOT else None
+    return isinstance(operand, fx.Node) and operand.meta["val"].dtype is torch.bool

@@ -116,13 +116,13 @@ class MaskProver:
         value = self.forms[node]
         if not isinstance(value, Cases):
             return value
-        lowest = _lowest(node.meta["val"].dtype)
-        for _, leaf in value.parts:
-            if not isinstance(leaf, Number) or not (leaf.value == 0 or leaf.value <= lowest):
+        visible = []
+        for condition, leaf in value.parts:
+            if leaf == Number(0.0):
+                visible.append(condition)
+            elif not isinstance(leaf, Number) or not leaf.value <= _lowest(node.meta["val"].dtype):
                 return Unknown("a mask to add of other values than 0 and minus infinity")
-        return disjunction(
-            *(condition for condition, leaf in value.parts if isinstance(leaf, Number) and leaf.value == 0)
-        )
+        return disjunction(*visible)
 
     def constant(self, node: fx.Node) -> bool | None:
         """Whether a bool tensor is True everywhere, or False everywhere; None if neither can be shown."""
@@ -146,6 +146,7 @@ class MaskProver:
 
 
 def _lowest(dtype: torch.dtype) -> float:
+    """The number from which on a mask to add hides; of a wide type, that of single precision does as well."""
     return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 

@@ -60,7 +60,7 @@ def marked(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Module]]:
 
     A module that is called in a way that the operator cannot stand for (several arguments, a result of another shape
     or dtype), or whose code contracts tensors or takes a softmax, runs its own code from then on and leaves the
-    dictionary. Everything is put back at the end.
+    dictionary (under strict export, only the graph says so). Everything is put back at the end.
 
     Arguments:
         model: the model, in evaluation mode.
@@ -91,23 +91,24 @@ def _marker(path: str, module: torch.nn.Module, modules: dict[str, torch.nn.Modu
     """The ``forward`` that a marked module has meanwhile."""
     own = module.forward
     known = "forward" not in module.__dict__ and type(module).forward.__module__ in _KNOWN
-    works = _seems_to_work(module)
+    suspicious = _seems_to_work(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if path not in modules or len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
             modules.pop(path, None)
             return own(*args, **kwargs)
         (x,) = args
-        if not known:
-            if torch.compiler.is_dynamo_compiling():
-                seen, result = works, own(x)
-            else:
-                with _Watch() as watch:
-                    result = own(x)
-                seen = watch.seen
-            if seen or not _alike(x, result):
-                modules.pop(path, None)
-                return result
+        if known:
+            return mode_module(x, path)
+        if torch.compiler.is_dynamo_compiling():
+            result, works = own(x), suspicious
+        else:
+            with _Watch() as watch:
+                result = own(x)
+            works = watch.worked
+        if works or not _alike(x, result):
+            modules.pop(path, None)
+            return result
         return mode_module(x, path)
 
     return forward
@@ -118,13 +119,13 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = False
+        self.worked = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.__name__.partition(".")[0] in VISIBLE:
-            self.seen = True
+        if getattr(func, "__name__", "").partition(".")[0] in VISIBLE:
+            self.worked = True
         return func(*args, **(kwargs or {}))
 
 

@@ -95,6 +95,7 @@ class Program:
     containers: Mapping[str, type[torch.nn.Module]] = dataclasses.field(default_factory=dict)
     mode_modules: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
     attention_dropout: Mapping[tuple[str, int], float] = dataclasses.field(default_factory=dict)
+    functional_dropout: Mapping[tuple[str, int], float] = dataclasses.field(default_factory=dict)
     layerdrop: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property

@@ -33,7 +33,7 @@ def find_scores(softmax: fx.Node, dim: int, flow: Flow) -> Scores | str:
     reader = _walk(top, flow)
     products = [c for c in map(contraction, reader) if c is not None]
     if not products:
-        return "its scores come from no product"
+        return "its scores are not a product of queries and keys"
     found = [s for s in (_scores(p, top, dim, reader, flow) for p in products) if s is not None]
     for accept in (_of_tokens, _of_projections):
         for scores in sorted(found, key=lambda s: flow.order[s.product.node]):
@@ -72,9 +72,9 @@ def _scores(
     at = layout[dim % len(layout)]
     if len(at) != 1 or at[0].piece or not product.summed:
         return None
-    label = at[0].source
+    label = str(at[0].source)
     in_left, in_right = label in product.left_axes, label in product.right_axes
-    if label is None or in_left == in_right:
+    if in_left == in_right:
         return None
     query, key = (product.right, product.left) if in_left else (product.left, product.right)
     return Scores(product, query, key, tuple(spine))

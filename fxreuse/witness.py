@@ -25,9 +25,8 @@ _BOOKKEEPING = {
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten.contiguous.default,
     torch.ops.aten.clone.default,
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
 }
+_RESHAPES = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}
 
 
 def mark_dtypes(program: Program, model: torch.nn.Module, inputs: Inputs) -> tuple[Note, ...]:
@@ -42,7 +41,7 @@ def mark_dtypes(program: Program, model: torch.nn.Module, inputs: Inputs) -> tup
     if own is None or not suspects:
         return ()
     twin_nodes = _twin_calls(model, inputs, torch.float64 if own != torch.float64 else torch.float32)
-    if twin_nodes is None or [n.target for n in twin_nodes] != [n.target for n in nodes]:
+    if twin_nodes is None or [_kind(n) for n in twin_nodes] != [_kind(n) for n in nodes]:
         for node in suspects:
             node.meta[FOLLOWS] = node.target is not _TO or node.args[0].meta["val"].dtype == own  # type: ignore[union-attr]
         text = f"whether {len(suspects)} casts to {own} are fixed or follow the model's dtype could not be seen"
@@ -52,7 +51,42 @@ def mark_dtypes(program: Program, model: torch.nn.Module, inputs: Inputs) -> tup
     for node, twin in zip(nodes, twin_nodes, strict=True):
         if own in _dtypes(node) and own not in _dtypes(twin):
             node.meta[FOLLOWS] = True
+    _read_uncast(dict(zip(nodes, twin_nodes, strict=True)))
     return ()
+
+
+def _read_uncast(twins: dict[fx.Node, fx.Node]) -> None:
+    """Let nodes read a value before a cast that changed nothing where their twins do.
+
+    ``x.to(float32)`` of a float32 tensor gives ``x`` itself, and export takes every later use of ``x`` for one of the
+    cast. In the other dtype the two are apart.
+    """
+    for node, twin in twins.items():
+        read, twin_read = _positions(node), _positions(twin)
+        if len(read) != len(twin_read):
+            continue
+        wanted = iter([_uncast(mine, its, twins) for mine, its in zip(read, twin_read, strict=True)])
+        node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _, wanted=wanted: next(wanted))
+
+
+def _positions(node: fx.Node) -> list[fx.Node]:
+    """The nodes in the arguments of a node, position by position."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _uncast(read: fx.Node, twin_read: fx.Node, twins: dict[fx.Node, fx.Node]) -> fx.Node:
+    cast = twins.get(read)
+    if read.target is _TO and cast is not None and cast.args[0] is twin_read:
+        source = read.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    return read
+
+
+def _kind(node: fx.Node) -> object:
+    return "reshape" if node.target in _RESHAPES else node.target
 
 
 def _model_dtype(model: torch.nn.Module) -> torch.dtype | None:
@@ -74,6 +108,8 @@ def _calls(module: torch.nn.Module) -> Iterator[fx.Node]:
         elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target not in _BOOKKEEPING:
                 yield node
+        elif node.op == "output":
+            yield node
 
 
 def _twin_calls(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[fx.Node] | None:

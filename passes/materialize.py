@@ -86,5 +86,4 @@ class Materializer:
     def _lower_triangle(self, node: fx.Node, fused: Fused) -> fx.Node:
         with inserting_before(node) as insert:
             sizes = [insert(_aten.sym_size.int, operand, -2) for operand in (fused.query, fused.key)]
-            device = insert(getattr, fused.query, "device")
-            return insert(_aten.tril.default, insert(_aten.ones.default, sizes, dtype=torch.bool, device=device))
+            return insert(_aten.tril.default, insert(_aten.new_ones.default, fused.query, sizes, dtype=torch.bool))

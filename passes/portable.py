@@ -11,13 +11,6 @@ from torch import fx
 from fxreuse.nodes import inserting_before, is_call, replace
 from fxreuse.program import FOLLOWS, Program, get_attribute
 
-_CASTS = {
-    torch.ops.aten.to.dtype: 1,
-    torch.ops.aten._to_copy.default: None,
-    torch.ops.aten.to.dtype_layout: None,
-    torch.ops.aten.to.device: 2,
-    torch.ops.aten.to.other: None,
-}
 _ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_async.msg,
@@ -60,15 +53,17 @@ def _device_node(graph: fx.Graph, anchor: fx.Node) -> fx.Node:
 
 
 def _cast_dtype_only(node: fx.Node) -> None:
-    """``to(device, dtype)`` becomes ``to(dtype)``."""
-    if node.target is torch.ops.aten.to.device:
-        dtype = node.args[2]
-    else:
-        dtype = node.kwargs.get("dtype")
+    """``to(device, dtype)`` becomes ``to(dtype)``, and nothing where the dtype was that of the value already."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
+    dtype = node.args[2] if node.target is torch.ops.aten.to.device else node.kwargs.get("dtype")
+    own = source.meta["val"].dtype
+    if dtype in (None, own) and (node.meta.get(FOLLOWS) or not own.is_floating_point):
+        replace(node, source)
+        return
     with inserting_before(node) as insert:
-        made = insert(torch.ops.aten.to.dtype, source, dtype or source.meta["val"].dtype)
+        made = insert(torch.ops.aten.to.dtype, source, dtype or own)
+    made.meta[FOLLOWS] = node.meta.get(FOLLOWS, False)
     replace(node, made)
 
 

@@ -41,14 +41,25 @@ def restore_modules(program: Program) -> Program:
 def restore_functional_dropout(program: Program) -> Program:
     """``dropout(x, p, False)`` becomes a Dropout module. Exact tier: in eval mode both are the identity.
 
-    The flag was ``self.training`` when the model was captured; one that is True in eval mode is left as it is.
+    The probability is the one that was seen in training mode, where the model was run in it; a dropout that is never
+    applied goes, and one that is applied in eval mode stays as it is.
     """
     program = program.copy()
+    orders: dict[str, int] = {}
     for node in list(program.graph.nodes):
-        if not is_call(node, *_DROPOUT) or node.args[2] is not False:
+        if not is_call(node, *_DROPOUT):
             continue
-        value, probability, _ = node.args
-        path = free_path(program.module, module_path(node), "dropout")
+        owner = module_path(node)
+        order = orders.setdefault(owner, 0)
+        orders[owner] += 1
+        value, probability, active = node.args
+        if active:
+            continue
+        probability = program.functional_dropout.get((owner, order), probability)
+        if probability == 0.0:
+            replace(node, value)
+            continue
+        path = free_path(program.module, owner, "dropout")
         place(program.module, path, torch.nn.Dropout(probability).eval())
         with inserting_before(node) as insert:
             made = insert(path, value)

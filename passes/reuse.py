@@ -71,7 +71,7 @@ def reuse(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[in
     program.module.recompile()
     program.check()
     parameters = {path: tensor.numel() for path, tensor in before.items() if path in gone and isinstance(tensor, torch.nn.Parameter)}
-    buffers = tuple(sorted(path for path in gone if path not in parameters))
+    buffers = tuple(sorted(gone - parameters.keys() - program.non_persistent))
     return Reuse(program, _with_removed(decisions, parameters | cut), parameters | cut, buffers)
 
 

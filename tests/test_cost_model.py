@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,20 +12,22 @@ import pytest
 import sympy
 import torch
 import transformers
-from architectures import ARCHITECTURES
+from fxreuse.cost_model import Numbers, Summary, count, formula, macs_of, summarise
+from fxreuse.cost_model.einsum import einsum_macs
+from fxreuse.cost_model.solve import solve
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxreuse.cost_model import Numbers, Summary, count, formula, macs_of, summarise
-from fxreuse.cost_model.einsum import einsum_macs
-from fxreuse.cost_model.solve import solve
+import fxreuse
 from fxreuse.errors import InputError, UnsupportedError
 from fxreuse.frontend import load_program
 from fxreuse.nodes import evaluate
 from fxreuse.program import Argument, CallingConvention, Leaf, Program
+
+from .architectures import ARCHITECTURES, Case
 
 ATEN = torch.ops.aten
 
@@ -139,9 +143,7 @@ class TestOperators:
         [
             ((ATEN.conv1d.default, (2, 4, 9), (6, 4, 3)), 2 * 6 * 7 * 4 * 3),
             ((ATEN.conv1d.default, (4, 9), (6, 4, 3), None, [2]), 6 * 4 * 4 * 3),
-            ((ATEN.conv1d.default, (2, 4, 9), (6, 1, 4), None, [1], [2], [1], 4), 2 * 6 * 10 * 4)
-            if False
-            else ((ATEN.conv1d.default, (2, 4, 9), (8, 1, 4), None, [1], [2], [1], 4), 2 * 8 * 10 * 4),
+            ((ATEN.conv1d.default, (2, 4, 9), (8, 1, 4), None, [1], [2], [1], 4), 2 * 8 * 10 * 4),
             ((ATEN.conv1d.padding, (2, 4, 9), (6, 2, 3), None, [1], "same", [1], 2), 2 * 6 * 9 * 2 * 3),
             ((ATEN.conv2d.default, (2, 4, 9, 8), (6, 4, 3, 2), None, [3, 2]), 2 * 6 * (3 * 4) * 4 * 6),
             ((ATEN.conv3d.default, (1, 2, 5, 5, 5), (3, 2, 2, 2, 2)), 3 * 64 * 2 * 8),
@@ -178,16 +180,13 @@ class TestOperators:
         assert macs(ATEN._scaled_dot_product_flash_attention_for_cpu.default, *shapes) == 2 * 6 * 5 * 5 * 16
 
     def test_flex_attention(self):
-        from torch.nn.attention.flex_attention import flex_attention
-
-        class Flex(torch.nn.Module):
-            def forward(self, q):
-                return flex_attention(q, q, q)
-
-        program = load_program(Flex(), (torch.randn(2, 4, 16, 8),))
-        counts = count(program)
-        assert [found.itemsize for found in counts.maps] == [4]
-        assert summarise(program).at_example({"q": (3, 4, 16, 8)}).macs == 3 * 4 * 16 * 16 * 16
+        trace = Tracer()
+        q, k, v = (trace.input(2, 4, length, 8, name=name) for name, length in (("q", 5), ("k", 7), ("v", 7)))
+        node = trace.graph.call_function(torch.ops.higher_order.flex_attention, (q, k, v, None, (5, 7), 0.35, {}))
+        node.meta["val"] = (meta(2, 4, 5, 8), meta(2, 4, 5), meta(2, 4, 5))
+        counts = count(trace.program(trace(operator.getitem, node, 0)))
+        assert counts.macs == 2 * 4 * 5 * 7 * 16
+        assert counts.map_bytes == 4 * 2 * 4 * 5 * 7
 
     def test_grouped_product(self):
         ends = torch.tensor([3, 7], dtype=torch.int32)
@@ -227,3 +226,372 @@ class TestOperators:
     def test_a_function_that_is_no_operator_is_refused(self):
         with pytest.raises(UnsupportedError, match="matmul"):
             macs(torch.matmul, (2, 3), (3, 5))
+
+
+@st.composite
+def einsums(draw) -> tuple[str, list[tuple[int, ...]], list[int] | None]:
+    """An equation, shapes that fit it, dimensions of size 1 among them, and perhaps a path."""
+    letters = "abcdefg"
+    sizes = {letter: draw(st.integers(1, 6)) for letter in letters}
+    term = st.lists(st.sampled_from(letters), min_size=1, max_size=4, unique=True)
+    terms = draw(st.lists(term, min_size=1, max_size=4))
+    used = sorted({letter for term in terms for letter in term})
+    output = draw(st.lists(st.sampled_from(used), unique=True, max_size=4))
+    shapes = [tuple(1 if draw(st.integers(0, 5)) == 0 else sizes[letter] for letter in term) for term in terms]
+    path: list[int] = []
+    if len(terms) > 2 and draw(st.booleans()):
+        for left in range(len(terms), 1, -1):
+            path += draw(st.permutations(range(left)))[:2]
+    return ",".join(map("".join, terms)) + "->" + "".join(output), shapes, path or None
+
+
+class TestEinsum:
+    @given(einsums())
+    def test_counts_what_torch_executes(self, case):
+        equation, shapes, path = case
+        expected = counted(lambda: ATEN.einsum(equation, [meta(*shape) for shape in shapes], path=path))
+        assert einsum_macs(equation, [tuple(map(sympy.Integer, shape)) for shape in shapes], path) == expected
+
+    @pytest.mark.parametrize(
+        ("equation", "shapes"),
+        [
+            ("...ij,...jk->...ik", [(2, 4, 3, 5), (4, 5, 7)]),
+            ("...ij,jk", [(2, 4, 3, 5), (5, 7)]),
+            ("ij, jk", [(3, 5), (5, 7)]),
+            ("b...d,...d->b", [(2, 3, 5), (3, 5)]),
+        ],
+    )
+    def test_ellipsis_and_implicit_output(self, equation, shapes):
+        expected = counted(lambda: torch.einsum(equation, *(meta(*shape) for shape in shapes)))
+        assert macs(ATEN.einsum.default, equation, shapes) == expected > 0
+
+    def test_follows_the_path_it_is_given(self):
+        shapes = [(2, 30), (30, 40), (40, 3)]
+        in_order, backwards = 2 * 30 * 40 + 2 * 40 * 3, 30 * 40 * 3 + 2 * 30 * 3
+        assert macs(ATEN.einsum.default, "ab,bc,cd->ad", shapes) == in_order
+        assert macs(ATEN.einsum.default, "ab,bc,cd->ad", shapes, path=[1, 2, 0, 1]) == backwards
+
+
+def attend(trace: Any, query: fx.Node, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """An unfused attention. Returns its map and its context."""
+    scores = trace(ATEN.mul.Tensor, trace(ATEN.matmul.default, query, trace(ATEN.transpose.int, key, -2, -1)), 0.35)
+    probs = trace(ATEN.softmax.int, scores, -1)
+    return probs, trace(ATEN.matmul.default, probs, value)
+
+
+class TestMaps:
+    """Batch 2, heads 3, 5 queries, 7 keys, width 8."""
+
+    MAP = 2 * 3 * 5 * 7
+
+    def inputs(self, trace: Tracer) -> list[fx.Node]:
+        sizes = {"q": 5, "k": 7, "v": 7, "w": 7}
+        return [trace.input(2, 3, length, 8, name=name) for name, length in sizes.items()]
+
+    def map_bytes(self, trace: Tracer, *outputs: fx.Node) -> int:
+        return int(count(trace.program(*outputs)).map_bytes)
+
+    def test_unfused(self):
+        trace = Tracer()
+        q, k, v, _ = self.inputs(trace)
+        assert self.map_bytes(trace, attend(trace, q, k, v)[1]) == 4 * self.MAP
+
+    def test_fused(self):
+        trace = Tracer()
+        q, k, v, _ = self.inputs(trace)
+        assert self.map_bytes(trace, trace(ATEN.scaled_dot_product_attention.default, q, k, v)) == 4 * self.MAP
+
+    def test_element_size_is_that_of_the_map_that_meets_the_values(self):
+        trace = Tracer()
+        q, k = (trace.input(2, 3, n, 8, name=name, dtype=torch.bfloat16) for name, n in (("q", 5), ("k", 7)))
+        scores = trace(ATEN.matmul.default, q, trace(ATEN.transpose.int, k, -2, -1))
+        probs = trace(ATEN.to.dtype, trace(ATEN.softmax.int, scores, -1, torch.float32), torch.bfloat16)
+        assert self.map_bytes(trace, trace(ATEN.matmul.default, probs, k)) == 2 * self.MAP
+
+    def test_a_stored_map_with_two_readers_is_one(self):
+        trace = Tracer()
+        q, k, v, w = self.inputs(trace)
+        probs, first = attend(trace, q, k, v)
+        assert self.map_bytes(trace, first, trace(ATEN.matmul.default, probs, w)) == 4 * self.MAP
+
+    def test_through_dropout_views_and_batched_heads(self):
+        trace = Tracer()
+        q, k, v = (trace.input(6, n, 8, name=name) for name, n in (("q", 5), ("k", 7), ("v", 7)))
+        probs = trace(ATEN.softmax.int, trace(ATEN.bmm.default, q, trace(ATEN.transpose.int, k, 1, 2)), -1)
+        dropped = trace.call("dropout", torch.nn.Dropout(0.1), trace(ATEN.view.default, probs, [2, 3, 5, 7]))
+        merged = trace(ATEN.view.default, dropped, [6, 5, 7])
+        assert self.map_bytes(trace, trace(ATEN.bmm.default, merged, v)) == 4 * self.MAP
+
+    def test_einsum(self):
+        trace = Tracer()
+        q, k, v, _ = self.inputs(trace)
+        probs = trace(ATEN.softmax.int, trace(ATEN.einsum.default, "bhid,bhjd->bhij", [q, k]), -1)
+        assert self.map_bytes(trace, trace(ATEN.einsum.default, "bhij,bhjd->bihd", [probs, v])) == 4 * self.MAP
+
+    @pytest.mark.parametrize("pad", [False, True])
+    def test_fused_again_on_the_same_query_and_key_is_the_same_map(self, pad):
+        trace = Tracer()
+        q, k, v, w = self.inputs(trace)
+        first = trace(ATEN.scaled_dot_product_attention.default, q, k, v)
+        if pad:
+            q, k, w = (trace(ATEN.constant_pad_nd.default, x, [0, 8], 0.0) for x in (q, k, w))
+        second = trace(ATEN.scaled_dot_product_attention.default, q, k, w, scale=8**-0.5)
+        assert self.map_bytes(trace, first, second) == 4 * self.MAP
+
+    def test_fused_on_the_query_and_key_of_a_softmax_is_the_same_map(self):
+        trace = Tracer()
+        q, k, v, w = self.inputs(trace)
+        context = attend(trace, q, k, v)[1]
+        fused = trace(ATEN.scaled_dot_product_attention.default, q, k, w, trace.input(5, 7, name="bias"))
+        assert self.map_bytes(trace, context, fused) == 4 * self.MAP
+
+    def test_another_key_or_mask_makes_another_map(self):
+        trace = Tracer()
+        q, k, v, w = self.inputs(trace)
+        operator, bias = ATEN.scaled_dot_product_attention.default, trace.input(5, 7, name="bias")
+        three = [trace(operator, q, k, v), trace(operator, q, w, v), trace(operator, q, k, v, bias)]
+        assert self.map_bytes(trace, *three) == 3 * 4 * self.MAP
+
+    def test_chunks_of_one_projection_are_not_confused(self):
+        trace = Tracer()
+        x = trace.input(2, 3, 5, 32)
+        a, b, c, d = (trace(ATEN.slice.Tensor, x, -1, 8 * i, 8 * i + 8) for i in range(4))
+        operator = ATEN.scaled_dot_product_attention.default
+        assert self.map_bytes(trace, trace(operator, a, b, a), trace(operator, c, d, a)) == 2 * 4 * 2 * 3 * 5 * 5
+
+    def test_softmaxes_that_are_no_attention(self):
+        trace = Tracer()
+        x = trace.input(2, 5, 8)
+        classifier = trace(ATEN.softmax.int, x, -1)
+        pooling = trace(ATEN.softmax.int, trace(ATEN.select.int, x, -1, 0), -1)
+        pooled = trace(ATEN.bmm.default, trace(ATEN.unsqueeze.default, pooling, 1), x)
+        experts = trace.input(2, 5, 8, 4, name="experts")
+        router = trace(ATEN.mul.Tensor, trace(ATEN.unsqueeze.default, classifier, -1), experts)
+        assert self.map_bytes(trace, classifier, pooled, router) == 0
+
+
+def outlined(recompute: bool) -> Program:
+    """A leader and a follower as layers of their own: the follower is handed the leader's map, or its query and key."""
+    leader, follower, outer = Tracer(), Tracer(), Tracer()
+    x = leader.input(2, 3, 5, 8)
+    weight = torch.nn.Parameter(meta(8, 8))
+    leader.root.weight = weight
+    projection = leader.graph.get_attr("weight")
+    projection.meta["val"] = weight
+    q = leader(ATEN.linear.default, x, projection)
+    probs, context = attend(leader, q, x, x)
+    first = leader.module(context, *((q, x) if recompute else (probs,)))
+    y = follower.input(2, 3, 5, 8)
+    if recompute:
+        shared = [follower.input(2, 3, 5, 8, name=name) for name in "qk"]
+        second = follower.module(follower(ATEN.scaled_dot_product_attention.default, *shared, y))
+    else:
+        shared = [follower.input(2, 3, 5, 5, name="map")]
+        second = follower.module(follower(ATEN.matmul.default, shared[0], y))
+    z = outer.input(2, 3, 5, 8)
+    made = outer.call("leader", first, z)
+    parts = [outer(operator.getitem, made, i) for i in range(1 + len(shared))]
+    return outer.program(outer.call("follower", second, *parts))
+
+
+class TestOutlined:
+    PROJECTION, PRODUCT = 2 * 3 * 5 * 8 * 8, 2 * 3 * 5 * 5 * 8
+
+    @pytest.mark.parametrize(("recompute", "products"), [(False, 3), (True, 4)])
+    def test_counts_inside_layers_and_sees_one_map_across_them(self, recompute, products):
+        counts = count(outlined(recompute))
+        assert counts.params == 64
+        assert counts.macs == self.PROJECTION + products * self.PRODUCT
+        assert [(found.path, found.bytes) for found in counts.maps] == [("leader", 4 * 2 * 3 * 5 * 5)]
+        assert counts.macs_by_module == {
+            "leader": self.PROJECTION + 2 * self.PRODUCT,
+            "follower": (products - 2) * self.PRODUCT,
+        }
+
+    def test_a_layer_that_is_called_twice_counts_twice(self):
+        inner, outer = Tracer(), Tracer()
+        x = inner.input(4, 4)
+        layer = inner.module(inner(ATEN.mm.default, x, x))
+        once = outer.call("layer", layer, outer.input(4, 4))
+        assert count(outer.program(outer.call("layer", layer, once))).macs == 2 * 4**3
+
+    def test_modules_without_weight_matrices_cost_nothing_and_others_are_refused(self):
+        trace = Tracer()
+        x = trace.call("norm", torch.nn.BatchNorm1d(4), trace.input(2, 4))
+        assert count(trace.program(trace.call("dropout", torch.nn.Dropout(), x))).macs == 0
+        trace = Tracer()
+        with pytest.raises(UnsupportedError, match="Linear at inner has weight matrices"):
+            count(trace.program(trace.call("inner", torch.nn.Linear(4, 4), trace.input(2, 4))))
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Fused attention done by products and a softmax, which torch's counter sees."""
+    fused = functional.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        return (query @ key.transpose(-2, -1)).softmax(-1) @ value
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = fused
+
+
+def eager(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with the attention that its authors wrote out, where it has one."""
+    if isinstance(model, transformers.PreTrainedModel):
+        model.set_attn_implementation("eager")
+    return model
+
+
+def sizes_of(inputs: Any) -> dict[str, tuple[int, ...]]:
+    named = inputs if isinstance(inputs, dict) else {"src": inputs[0]}
+    return {name: tuple(value.shape) for name, value in named.items()}
+
+
+MODELS = [
+    "bert_dense", "bert_padded", "roberta_padded", "gpt2_dense", "llama_dense", "t5_encoder_dense", "bart_encoder",
+    "vit", "deit", "swin", "wav2vec2_dense", "hubert_dense", "wavlm_dense", "conformer_relative", "conformer_rotary",
+    "whisper_encoder", "torch_encoder_postnorm",
+]  # fmt: skip
+
+
+@functools.cache
+def loaded(name: str) -> tuple[Case, Summary]:
+    case = ARCHITECTURES[name]()
+    return case, summarise(load_program(case.model, case.inputs), sizes_of(case.inputs))
+
+
+class TestModels:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_equals_torch_on_unfused_attention_at_two_sizes(self, name):
+        case, summary = loaded(name)
+        assert summary.params == sum(parameter.numel() for parameter in case.model.parameters())
+        model = eager(case.model)
+        for inputs in (case.inputs, case.other_inputs):
+            with unfused():
+                run = (lambda: model(**inputs)) if isinstance(inputs, dict) else (lambda: model(*inputs))
+                expected = counted(run)
+            assert summary.at_example(sizes_of(inputs)).macs == expected
+        assert summary.at_example() == summary.at_example(sizes_of(case.inputs))
+        assert sum(summary.counts.macs_by_op.values()).expand() == summary.macs
+        assert sum(summary.counts.macs_by_module.values()).expand() == summary.macs
+
+
+@pytest.fixture(scope="module")
+def bert() -> Summary:
+    return loaded("bert_padded")[1]
+
+
+@pytest.fixture(scope="module")
+def hubert_base() -> Summary:
+    with torch.device("meta"):
+        model = transformers.HubertModel(transformers.HubertConfig())
+        samples = torch.empty(2, 16000)
+    return summarise(load_program(model, {"input_values": samples}))
+
+
+class TestSummary:
+    def test_closed_form_in_batch_and_tokens(self, bert):
+        b, t = bert.symbols["B"], bert.symbols["T"]
+        layers, d, f = 4, 32, 64
+        assert bert.macs == (layers * (b * t * (4 * d * d + 2 * d * f) + 2 * b * t * t * d) + b * d * d).expand()
+        assert bert.map_bytes == 4 * layers * 4 * b * t * t
+
+    def test_numbers_by_any_name_of_a_size(self, bert):
+        expected = bert.at(B=3, T=14)
+        assert bert.at(input_ids_0=3, attention_mask_1=14) == expected
+        assert expected.sizes == {"B": 3, "T": 14}
+        assert expected.map_bytes == 4 * 4 * 4 * 3 * 14**2
+
+    def test_numbers_at_the_sizes_of_the_example(self, bert):
+        assert bert.at_example() == bert.at(B=2, T=11)
+        assert bert.at_example({"input_ids": (1, 11), "attention_mask": (1, 11)}) == bert.at(B=1, T=11)
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ({"B": 2}, r"size T is missing.*B \(or .*input_ids_0.*T \(or .*input_ids_1"),
+            ({"B": 2, "T": 3, "tokens": 3}, "no size 'tokens'.*B .*T "),
+            ({"B": 2, "T": 3, "input_ids_1": 4}, "input_ids_1 = 4 does not fit: it is 3, fixed by T"),
+            ({"B": 2, "T": 3.5}, "T is 3.5"),
+        ],
+    )
+    def test_errors_name_the_sizes(self, bert, sizes, message):
+        with pytest.raises(InputError, match=message):
+            bert.at(**sizes)
+
+    @pytest.mark.parametrize(
+        ("shapes", "message"),
+        [
+            ({"ids": (2, 3)}, "no input 'ids'. The inputs are: input_ids, attention_mask"),
+            ({"input_ids": (2, 3, 4)}, "input_ids has 2 dimensions"),
+            ({"input_ids": (2, 3), "attention_mask": (2, 4)}, "attention_mask, dimension 1 = 4 does not fit: it is 3"),
+        ],
+    )
+    def test_errors_name_the_inputs(self, bert, shapes, message):
+        with pytest.raises(InputError, match=message):
+            bert.at_example(shapes)
+
+    def test_hubert_base_on_ten_seconds(self, hubert_base):
+        sizes = {"B": 1, "input_values_1": 160_000, "T": 499}
+        expected = Numbers(94_371_712, 74_066_523_136, 12 * 12 * 499**2 * 4, sizes)
+        assert hubert_base.at(B=1, input_values_1=160_000) == expected
+        assert hubert_base.at_example({"input_values": (1, 160_000)}) == expected
+
+    def test_a_derived_length_takes_the_smallest_input_that_gives_it(self, hubert_base):
+        found = hubert_base.at(B=1, T=499).sizes["input_values_1"]
+        assert hubert_base.at(B=1, input_values_1=found).sizes["T"] == 499
+        assert hubert_base.at(B=1, input_values_1=found - 1).sizes["T"] == 498
+
+    def test_two_sequences_have_two_lengths(self):
+        summary = loaded("bart_encoder")[1]
+        b, t, u = (summary.symbols[name] for name in ("B", "T", "decoder_input_ids_1"))
+        assert summary.map_bytes == (4 * 4 * 4 * b * (t * t + u * u + t * u)).expand()
+
+    def test_tokens_first(self):
+        layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
+        summary = summarise(load_program(layer, (torch.randn(11, 3, 8),)))
+        assert summary.map_bytes == 4 * 2 * summary.symbols["B"] * summary.symbols["T"] ** 2
+        assert summary.at_example().sizes == {"T": 11, "B": 3}
+
+
+class TestRewritten:
+    """Two followers of four layers: each loses Q and K, and with a stored map also the product of the two."""
+
+    @pytest.mark.parametrize(("lowering", "products"), [("materialize", 2), ("recompute", 0)])
+    def test_a_rewritten_model_counts_what_is_left_of_it(self, lowering, products):
+        case, before = loaded("bert_padded")
+        small = fxreuse.apply(case.model, f"2x2 lowering={lowering}", case.inputs)
+        after = summarise(Program(small, small.convention, small.guards, small.name))
+        b, t, d = before.symbols["B"], before.symbols["T"], 32
+        assert before.params - after.params == 2 * 2 * (d * d + d)
+        assert before.macs - after.macs == 2 * 2 * b * t * d * d + products * b * t * t * d
+        assert after.map_bytes == before.map_bytes / 2
+        layers = {path.partition(".attention")[0] for path in (found.path for found in after.counts.maps)}
+        assert layers == {"encoder.layer.0", "encoder.layer.2"}
+
+
+class TestSolve:
+    @given(st.integers(1, 10**6), st.integers(1, 400), st.integers(0, 400))
+    def test_finds_the_smallest_size(self, size, stride, kernel):
+        symbol = sympy.Symbol("s", integer=True, positive=True)
+        frames = sympy.floor((symbol - kernel) / stride) + 1
+        value = int(frames.subs(symbol, size))
+        found = solve([("frames", frames, value)])[symbol]
+        assert found <= size
+        assert frames.subs(symbol, found) == value
+        assert found == 1 or frames.subs(symbol, found - 1) < value
+
+    def test_a_value_that_no_size_gives(self):
+        symbol = sympy.Symbol("s", integer=True, positive=True)
+        with pytest.raises(InputError, match=r"no size gives it\. Near it is tokens = 8"):
+            solve([("tokens", 2 * symbol, 7)])
+
+    def test_a_fixed_size(self):
+        with pytest.raises(InputError, match="what the capture fixed"):
+            solve([("pixels", sympy.Integer(32), 64)])
