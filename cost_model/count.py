@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 import sympy
 
 from ..program import Program, module_path
+from .leaves import leaf_macs
 from .macs import macs_of
 from .maps import AttentionMap, attention_maps
 from .sizes import operator_name
-from .walk import walk
+from .walk import Step, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,9 @@ def count(program: Program) -> Counts:
     by_op: defaultdict[str, list[sympy.Expr]] = defaultdict(list)
     by_module: defaultdict[str, list[sympy.Expr]] = defaultdict(list)
     for step in steps:
-        macs = macs_of(step.node)
+        name, macs = _work(step)
         if macs != 0:
-            by_op[operator_name(step.node)].append(macs)
+            by_op[name].append(macs)
             by_module[module_path(step.node) or step.path].append(macs)
     macs_by_op = {name: _total(parts) for name, parts in by_op.items()}
     return Counts(
@@ -71,6 +72,13 @@ def count(program: Program) -> Counts:
         macs_by_module={path: _total(parts) for path, parts in by_module.items()},
         maps=tuple(attention_maps(steps)),
     )
+
+
+def _work(step: Step) -> tuple[str, sympy.Expr]:
+    """The operator of a step and its multiply-accumulates."""
+    if step.leaf is not None:
+        return leaf_macs(step.leaf, step.node)
+    return operator_name(step.node), macs_of(step.node)
 
 
 def _total(parts: Iterable[sympy.Expr]) -> sympy.Expr:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import UnsupportedError
 from ..program import get_attribute
 from .macs import REGIONS
 from .sizes import operands, operator_name, shape
@@ -42,11 +41,15 @@ Values = Any
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One node that is executed, the path of the outlined layer it is in, and the values of that layer so far."""
+    """One node that is executed, the path of the outlined layer it is in, and the values of that layer so far.
+
+    ``leaf`` is the module that a ``call_module`` node calls, where no graph of its own shows its work.
+    """
 
     node: fx.Node
     path: str
     values: Mapping[fx.Node, Values]
+    leaf: torch.nn.Module | None = None
 
 
 def walk(module: torch.nn.Module) -> list[Step]:
@@ -90,7 +93,7 @@ class _Walker:
             if node.op == "output":
                 return _values_of(node.args[0], values)
             values[node] = next(given) if node.op == "placeholder" else self._value(module, node, values, path)
-            self.steps.append(Step(node, path, values))
+            self.steps.append(Step(node, path, values, _leaf(module, node)))
         return None
 
     def _value(self, module: torch.nn.Module, node: fx.Node, values: dict[fx.Node, Values], path: str) -> Values:
@@ -101,7 +104,6 @@ class _Walker:
             if isinstance(getattr(inner, "graph", None), fx.Graph):
                 inputs = _inputs(graph_of(inner), node)
                 return self.run(inner, _values_of(inputs, values), f"{path}.{node.target}".removeprefix("."))
-            _check_has_no_work(inner, node)
             return self.fresh()
         if operator_name(node) in REGIONS:
             region, inputs = _region(module, node)
@@ -154,11 +156,9 @@ def _rearranges(node: fx.Node) -> bool:
     return "pad" not in name or shape(node)[:-1] == shape(first)[:-1]
 
 
-def _check_has_no_work(module: torch.nn.Module, node: fx.Node) -> None:
-    """Refuse a module that has weight matrices: Dropout, normalisation and the like have none."""
-    matrices = [name for name, parameter in module.named_parameters() if parameter.ndim > 1]
-    if matrices:
-        raise UnsupportedError(
-            f"The module {type(module).__name__} at {node.target} has weight matrices ({', '.join(matrices)}), but no "
-            "graph that shows what it does with them, so its cost is not known. Use a capture that traces through it."
-        )
+def _leaf(module: torch.nn.Module, node: fx.Node) -> torch.nn.Module | None:
+    """The module that a node calls, where it has no graph to walk."""
+    if node.op != "call_module":
+        return None
+    inner = module.get_submodule(str(node.target))
+    return None if isinstance(getattr(inner, "graph", None), fx.Graph) else inner

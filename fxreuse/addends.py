@@ -16,7 +16,7 @@ from .axes import sizes
 from .contractions import contraction
 from .flow import Flow, value_operands
 from .follow import SAME_VALUE, arguments, aten, followable, is_elementwise, packet
-from .program import Program, get_attribute
+from .program import Program, get_attribute, tensor_inputs
 from .value_numbers import ValueNumbers, digest
 
 _SELECTIONS = frozenset({aten.where, aten.masked_fill})
@@ -74,15 +74,14 @@ class _Splitter:
         found = contraction(node)
         if node in self._spine and found is not None:
             if found.addend is not None:
-                self.split(found.addend, (*outer, self._signature(node)) if arguments(node).get("beta", 1) != 1 else outer)
+                weighted = arguments(node).get("beta", 1) != 1
+                self.split(found.addend, (*outer, self._signature(node)) if weighted else outer)
             return
         if op is aten.add or op is aten.sub or op is aten.subtract:
             self._sum(node, outer)
         elif op in _SELECTIONS and self._condition(node) not in flow.parameters:
             self._selection(node, outer)
-        elif node in self._spine:
-            self._transformed(node, outer)
-        elif op in SAME_VALUE or (self._is_layout(node) and not is_elementwise(node)):
+        elif node in self._spine or op in SAME_VALUE or (not is_elementwise(node) and followable(node, flow.program)):
             self._transformed(node, outer)
         else:
             self.biases.append(node)
@@ -91,7 +90,7 @@ class _Splitter:
         first, second = node.args[:2]
         negated = packet(node) is not aten.add or node.kwargs.get("alpha", 1) != 1
         for operand, changed in ((first, False), (second, negated)):
-            if isinstance(operand, fx.Node) and operand.meta["val"] is not None and hasattr(operand.meta["val"], "shape"):
+            if isinstance(operand, fx.Node) and isinstance(operand.meta["val"], torch.Tensor):
                 self.split(operand, (*outer, self._signature(node)) if changed else outer)
 
     def _selection(self, node: fx.Node, outer: tuple[str, ...]) -> None:
@@ -130,16 +129,12 @@ class _Splitter:
 
     def _transformed(self, node: fx.Node, outer: tuple[str, ...]) -> None:
         """Through an operator on the way to the softmax: it acts on the masks below it."""
-        operands = [o for o in node.all_input_nodes if hasattr(o.meta.get("val"), "shape")]
         inside = (*outer, self._signature(node)) if packet(node) not in SAME_VALUE else outer
-        for operand in operands:
+        for operand in tensor_inputs(node):
             if operand in self._spine or (operand in self._flow.parameters and packet(node) not in _SCALINGS):
                 self.split(operand, inside)
             elif operand not in self._flow.parameters and packet(node) in _SCALINGS and sizes(operand):
                 self._mask(operand, None, (*outer, "factor"))
-
-    def _is_layout(self, node: fx.Node) -> bool:
-        return bool(followable(node, self._flow.program)) and len(node.all_input_nodes) > 0
 
     def _signature(self, node: fx.Node) -> str:
         """What an operator does, apart from the values that carry scores or parameters."""
@@ -159,8 +154,7 @@ class _Splitter:
 
 
 def _is_condition(node: fx.Node) -> bool:
-    value = node.meta["val"]
-    return not value.is_floating_point() and str(value.dtype) == "torch.bool"
+    return node.meta["val"].dtype is torch.bool
 
 
 def _without_negation(node: fx.Node, keeps: bool | None) -> tuple[fx.Node, bool | None]:

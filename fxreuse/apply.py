@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy as copying
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from .emit import emit
 from .errors import FxReuseError, UnsupportedError
 from .find import find
 from .frontend import load_program
+from .passes.fold_modules import fold_modules
 from .passes.reuse import reuse
 from .plan import Plan, choose_stack
 from .program import Program
-from .record import Record
+from .record import Decision, Note, Record
 from .rewritten import Rewritten
 from .target import captured_inputs, replace_submodule
 from .warn import warn_of_losses
@@ -81,7 +84,7 @@ def _apply(model: torch.nn.Module | ExportedProgram, plan: Plan, example_inputs:
         )
     program, record = _rewrite(program, sites, plan)
     modes = {"": False} if isinstance(model, ExportedProgram) else {p: m.training for p, m in model.named_modules()}
-    rewritten = emit(program, record, [site.layer_path for site in sites if site.layer_path], modes)
+    rewritten = emit(fold_modules(program), record, [site.layer_path for site in sites if site.layer_path], modes)
     warn_of_losses(rewritten.record)
     return copying.deepcopy(rewritten) if copy else rewritten
 
@@ -92,12 +95,26 @@ def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Progr
     for step in plan.passes:
         name, leaders = choose_stack(step, stacks)
         result = reuse(program, sites.stacks[name], leaders, step.lowering)
-        program = result.program
+        program = keep_leaders(result.program, result.decisions, sites)
         decisions += result.decisions
         removed |= result.removed
         buffers += result.buffers_removed
     record = Record(str(plan), stacks, decisions, removed, {}, buffers_removed=buffers)
     return program, record
+
+
+def keep_leaders(program: Program, decisions: Sequence[Decision], sites: AttentionSites) -> Program:
+    """LayerDrop never drops a layer whose map others need."""
+    leading = {decision.site for decision in decisions if decision.action == "lead"}
+    kept = [site.layer_path for site in sites if str(site) in leading and site.layer_path in program.layerdrop]
+    if not kept:
+        return program
+    text = f"LayerDrop never drops the {len(kept)} layers whose attention map others use"
+    return dataclasses.replace(
+        program,
+        layerdrop={path: p for path, p in program.layerdrop.items() if path not in kept},
+        notes=(*program.notes, Note("layerdrop", kept[0], text)),
+    )
 
 
 def find_attention(

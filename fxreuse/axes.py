@@ -98,8 +98,9 @@ def start(node: fx.Node, sources: Sequence[Hashable] | None = None) -> Layout:
 def regroup(layout: Layout, shape: Sequence[Size]) -> Layout | None:
     """The layout after a reshape to ``shape``; None where the reshape cuts axes at places that cannot be told.
 
-    >>> regroup(((Part("T", 7),), (Part("C", 32),)), (7, 4, 8))
-    ((Part(source='T', size=7, piece=()),), (Part(source='C', size=4, piece=(0,)),), (Part(source='C', size=8, piece=(1,)),))
+    >>> _, heads, channels = regroup(((Part("T", 7),), (Part("C", 32),)), (7, 4, 8))
+    >>> heads, channels
+    ((Part(source='C', size=4, piece=(0,)),), (Part(source='C', size=8, piece=(1,)),))
     """
     parts = [part for dim in reversed(layout) for part in reversed(dim) if part.size != 1]
     result = []

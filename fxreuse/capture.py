@@ -21,6 +21,7 @@ from .mode_modules import marked
 from .program import Argument, CallingConvention, Leaf, Program
 from .record import Note
 from .training import probe
+from .untouched import untouched
 from .witness import mark_dtypes
 
 
@@ -41,7 +42,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     if isinstance(model, ExportedProgram):
         return _from_exported(model)
     inputs = normalise(model, example_inputs)
-    with eval_mode(model), caches_off(model):
+    with untouched(model), eval_mode(model), caches_off(model):
         facts = probe(model, inputs.args, inputs.kwargs)
         with marked(model) as modules:
             exported, how = export(model, inputs)
@@ -53,7 +54,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     program.attention_dropout = facts.attention_dropout
     program.functional_dropout = facts.functional_dropout
     program.layerdrop = facts.layerdrop
-    program.containers = {path: type(module) for path, module in model.named_modules()}
+    program.originals = dict(model.named_modules(remove_duplicate=False))
     return program
 
 

@@ -28,10 +28,10 @@ class Container(torch.nn.Module):
         return ", ".join(held)
 
 
-def container_for(original: type[torch.nn.Module] | None) -> torch.nn.Module:
-    """An empty container that stands for a module of that class; lists stay lists, so that they can be indexed."""
-    if original is not None and issubclass(original, (torch.nn.ModuleList, torch.nn.Sequential)):
+def container_for(original: torch.nn.Module | None) -> torch.nn.Module:
+    """An empty container that stands for a module; lists stay lists, so that they can be indexed."""
+    if isinstance(original, (torch.nn.ModuleList, torch.nn.Sequential)):
         return torch.nn.ModuleList()
-    if original is not None and issubclass(original, torch.nn.ModuleDict):
+    if isinstance(original, torch.nn.ModuleDict):
         return torch.nn.ModuleDict()
-    return Container(original.__name__ if original is not None else "")
+    return Container("" if original is None else type(original).__name__)

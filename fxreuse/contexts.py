@@ -9,7 +9,7 @@ from torch import fx
 from .axes import Layout, Size, product, sizes, start
 from .contractions import Contraction, contraction
 from .flow import Flow
-from .follow import SAME_VALUE, aten, is_elementwise, packet, transfer
+from .follow import SAME_VALUE, aten, is_elementwise, packet
 from .scores import push
 
 #: Elementwise operators that a map goes through on its way to the values: scaling, head masks, cleaning up.
@@ -46,7 +46,7 @@ def find_contexts(softmax: fx.Node, dim: int, flow: Flow) -> list[Context] | str
                 if summed == {axis}:
                     found.append((consumer, operand))
                     continue
-                if summed - {None}:
+                if summed - {None} and consumer.side(operand)[1] in flow.tokens:
                     elsewhere.append(node)
                     continue
             after = _onward(node, operand, layout, consumer, axis, flow)

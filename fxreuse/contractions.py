@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .axes import Layout, Part, Size, sizes
-from .follow import aten, arguments, packet
+from .follow import arguments, aten, packet
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,13 @@ from fxreuse import cost_model
 from . import audio, model_spec
 from .attention import AttentionSites
 from .errors import InputError
+from .find import find
+from .frontend import load_program
+from .inputs import bind, normalise
+from .program import Program
 from .progress import Progress
 from .record import Record
+from .rewritten import Rewritten
 
 DEFAULT_MODEL = "transformers:HubertConfig"
 DEFAULT_PLAN = "2x6"
@@ -119,12 +124,15 @@ def run(request: Request, say: Callable[[str], None] = print) -> Result:
     say(f"inputs   {description}")
     say(f"plan     {request.plan}")
 
-    sites = step("finding the attentions", lambda _: fxreuse.find_attention(model, inputs))
+    program = step("capturing the model", lambda _: load_program(model, inputs))
+    sites = step("finding the attentions", lambda _: find(program))
     say(f"\n── the {len(sites)} attentions of the model\n{sites}")
     small = step("applying the plan", lambda _: fxreuse.apply(model, request.plan, inputs))
     record = fxreuse.describe(small)
     say(f"\n── what was done\n{record}")
-    before, after = step("counting", lambda _: (_numbers(model, inputs), _numbers(small, inputs)))
+    assert isinstance(small, Rewritten)
+    sizes = _sizes(model, inputs)
+    before, after = step("counting", lambda _: (_numbers(program, sizes), _numbers(small.program, sizes)))
     verification = step("verifying", lambda progress: fxreuse.verify(model, small, inputs, progress=progress))
     say(f"\n── before and after\n{_comparison(before, after, verification)}")
     say(f"\n── the check\n{verification}")
@@ -159,8 +167,14 @@ def _waveform(request: Request) -> tuple[torch.Tensor, str]:
     return audio.normalise(wave), request.audio.name
 
 
-def _numbers(model: torch.nn.Module, inputs: Any) -> cost_model.Numbers:
-    return cost_model.summarise(model, inputs).at_example()
+def _sizes(model: torch.nn.Module, inputs: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the inputs by name: the counts are for these, not for the batch that the capture chose."""
+    bound = bind(model, normalise(model, inputs))
+    return {name: tuple(value.shape) for name, value in bound.items() if isinstance(value, torch.Tensor)}
+
+
+def _numbers(program: Program, sizes: Mapping[str, tuple[int, ...]]) -> cost_model.Numbers:
+    return cost_model.summarise(program, sizes).at_example()
 
 
 def _comparison(before: cost_model.Numbers, after: cost_model.Numbers, verification: fxreuse.Verification) -> str:

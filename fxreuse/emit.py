@@ -122,8 +122,8 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _class_name(program: Program, path: str) -> str:
-    kind = program.containers.get(path)
-    return kind.__name__ if kind is not None else "Layer"
+    original = program.originals.get(path)
+    return type(original).__name__ if original is not None else "Layer"
 
 
 def _grow(
@@ -149,7 +149,7 @@ def _grow(
         if type(child) is not torch.nn.Module:
             made: torch.nn.Module = child
         else:
-            made = layers[full] if full in layers else container_for(program.containers.get(full))
+            made = layers[full] if full in layers else container_for(program.originals.get(full))
             _grow(made, full, child, program, layers)
         here.add_module(name, made)
 

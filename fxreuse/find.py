@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 from typing import Any
 
 from torch import fx
 
-from .addends import Addends, Mask, split_addends
+from .addends import Addends, split_addends
 from .attention import AttentionSite, AttentionSites, Rejected, SiteNodes
 from .axes import Layout, Size, sizes
 from .bias_names import bias_name
-from .contexts import Context, find_contexts
+from .contexts import find_contexts
 from .flow import FUSED, Flow
 from .follow import arguments, aten, packet
 from .heads import Roles, fused_roles, map_shape, score_roles
@@ -123,7 +124,9 @@ class _Finder:
             scores=top.name,
         )
         shape = (*map_shape(layout)[:3], sizes(node)[dim])
-        return self._found(node, scores.query, scores.key, shape, roles, contexts[0].value_dim, addends, False, nodes)
+        names = self._names.transposed if dim % len(sizes(node)) != len(sizes(node)) - 1 else self._names
+        masks = names.describe(addends.masks, False), names.key(addends.masks, False)
+        return self._found(node, scores.query, scores.key, shape, roles, contexts[0].value_dim, masks, addends, nodes)
 
     def fused(self, node: fx.Node) -> _Found | str:
         """A fused operator as an attention, or why it is none."""
@@ -142,8 +145,8 @@ class _Finder:
         )
         addends = Addends((), ()) if bias is None else split_addends(bias, (), self._flow, self._numbers)
         causal = bool(named.get("is_causal", False))
-        shape = map_shape(roles.layout)
-        return self._found(node, query, key, shape, roles, sizes(value)[-1], addends, causal, nodes)
+        masks = self._names.describe(addends.masks, causal), self._names.key(addends.masks, causal)
+        return self._found(node, query, key, map_shape(roles.layout), roles, sizes(value)[-1], masks, addends, nodes)
 
     def _found(
         self,
@@ -153,8 +156,8 @@ class _Finder:
         shape: tuple[Size, Size, Size, Size],
         roles: Roles,
         value_dim: Size,
+        masks: tuple[str, str],
         addends: Addends,
-        causal: bool,
         nodes: SiteNodes,
     ) -> _Found | str:
         flow = self._flow
@@ -170,8 +173,8 @@ class _Finder:
             head_dim=roles.head_dim,
             value_dim=value_dim,
             fused=nodes.scores is None,
-            mask=self._names.describe(addends.masks, causal),
-            mask_key=self._names.key(addends.masks, causal),
+            mask=masks[0],
+            mask_key=masks[1],
             bias=bias_name(addends.biases, flow),
             nodes=nodes,
         )
@@ -180,7 +183,7 @@ class _Finder:
 def _at_softmax(layout: Layout, scores: Scores, flow: Flow) -> Layout:
     """The roles of the axes of a softmax's input, from those of the product behind it."""
     current: Layout = layout
-    for operand, node in zip(scores.spine, scores.spine[1:], strict=False):
+    for operand, node in itertools.pairwise(scores.spine):
         after = push(node, operand, current, flow)
         assert after is not None
         current = after

@@ -33,7 +33,9 @@ _REGROUPING = frozenset({
 _EXPANDING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to})
 
 #: Operators that take a range of an axis, lengthen it, or move its elements about.
-_RESIZING = frozenset({aten.slice, aten.narrow, aten.pad, aten.constant_pad_nd, aten.cat, aten.concat, aten.roll, aten.flip})
+_RESIZING = frozenset({
+    aten.slice, aten.narrow, aten.pad, aten.constant_pad_nd, aten.cat, aten.concat, aten.roll, aten.flip,
+})  # fmt: skip
 
 #: Operators whose result shares its storage with their first argument, or may.
 VIEWS = _PERMUTING | _REGROUPING | _EXPANDING | {aten.slice, aten.narrow, aten.select, aten.alias, aten.detach}
@@ -143,7 +145,7 @@ def _resized(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
 def _repeated(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
     before, after = sizes(operand), sizes(node)
     extra = len(after) - len(before)
-    result = [(Part(None, s),) for s in after[:extra]]
+    result: list[tuple[Part, ...]] = [(Part(None, s),) for s in after[:extra]]
     for dim, old, new in zip(layout, before, after[extra:], strict=True):
         times = quotient(new, old)
         if times is None:
@@ -156,10 +158,13 @@ def _interleaved(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | No
     before, after = sizes(operand), sizes(node)
     if len(before) != len(after):
         return None
-    times = [quotient(new, old) for old, new in zip(before, after, strict=True)]
-    if None in times:
-        return None
-    return tuple(dim if t == 1 else (*dim, Part(None, t)) for dim, t in zip(layout, times, strict=True) if t is not None)
+    result = []
+    for dim, old, new in zip(layout, before, after, strict=True):
+        times = quotient(new, old)
+        if times is None:
+            return None
+        result.append(dim if times == 1 else (*dim, Part(None, times)))
+    return tuple(result)
 
 
 def _selected(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:

@@ -14,6 +14,7 @@ from .inputs import Inputs
 from .inputs import normalise as normalise_inputs
 from .passes.normalise import normalise
 from .program import Program
+from .untouched import untouched
 
 
 def load_program(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None) -> Program:
@@ -21,7 +22,7 @@ def load_program(model: torch.nn.Module | ExportedProgram, example_inputs: Any =
     program = normalise(capture(model, example_inputs))
     if isinstance(model, ExportedProgram):
         return program
-    with eval_mode(model), caches_off(model):
+    with untouched(model), eval_mode(model), caches_off(model):
         return waive_batch_of_one(program, model, normalise_inputs(model, example_inputs))
 
 
@@ -42,7 +43,7 @@ def waive_batch_of_one(program: Program, model: torch.nn.Module, inputs: Inputs)
         return program
     args, kwargs = pytree.tree_map(lambda t: t[:1] if isinstance(t, torch.Tensor) else t, (inputs.args, inputs.kwargs))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
             expected = pytree.tree_leaves(model(*args, **kwargs))
             found = pytree.tree_leaves(program.module(*(t[:1] for t in tensors)))
     except Exception:

@@ -100,7 +100,7 @@ def _roles(
     key: dict[str, tuple[Part, ...]],
     broadcast: frozenset[str],
 ) -> Roles:
-    layout = []
+    layout: list[tuple[Part, ...]] = []
     for label in axes:
         if label not in query:
             layout.append((Part("keys", shape[label]),))
@@ -121,7 +121,8 @@ def _roles(
 def map_shape(layout: Layout) -> tuple[Size, Size, Size, Size]:
     """``(batch, heads, queries, keys)`` of a map whose axes have these roles."""
     parts = [part for dim in layout for part in dim]
-    batch, heads, queries, keys = (
-        product(p.size for p in parts if (p.source or "batch") == role) for role in ("batch", "heads", "queries", "keys")
-    )
-    return batch, heads, queries, keys
+
+    def total(role: str) -> Size:
+        return product(part.size for part in parts if (part.source or "batch") == role)
+
+    return total("batch"), total("heads"), total("queries"), total("keys")

@@ -12,14 +12,15 @@ from .addends import Mask
 from .axes import sizes
 from .flow import Flow
 from .follow import SAME_VALUE, arguments, aten, packet
-from .index_forms import AtMostZero, Every, Formula, Number, Some, Truth, negation
+from .index_forms import AtMostZero, Cases, Every, Formula, Number, Some, Truth, negation
 from .mask_proof import MaskProver
 from .program import Program, get_attribute
 
 _AND = frozenset({aten.bitwise_and, aten.logical_and, aten.__and__, aten.mul})
 _OR = frozenset({aten.bitwise_or, aten.logical_or, aten.__or__})
 _NOT = frozenset({aten.bitwise_not, aten.logical_not})
-_MOVING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to, aten.reshape, aten.unsqueeze}) | SAME_VALUE
+_BROADCASTING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to})
+_MOVING = _BROADCASTING | {aten.reshape, aten.unsqueeze} | SAME_VALUE
 _ARITHMETIC = frozenset({aten.mul, aten.div, aten.sub, aten.rsub, aten.neg, aten.add})
 
 #: Names in the order in which they are put together.
@@ -30,18 +31,24 @@ class MaskNames:
     """Names and keys of the masks of a program.
 
     A mask is ``causal``; a ``window`` (a band around the diagonal, or one side of it); ``padding`` (it depends on an
-    input, and only on the key, or only on the query); ``input`` (it depends on an input in any other way); or ``fixed`` (it
-    depends on no input). Several joined by *and* are named together: ``causal+padding``.
+    input, and only on the key, or only on the query); ``input`` (it depends on an input in any other way); or
+    ``fixed`` (it depends on no input). Several joined by *and* are named together: ``causal+padding``.
     """
 
-    def __init__(self, program: Program, flow: Flow) -> None:
+    def __init__(self, program: Program, flow: Flow, transpose: bool = False) -> None:
         self._program = program
         self._flow = flow
+        self._transpose = transpose
         self._found: dict[tuple[fx.Node, bool | None], frozenset[str]] = {}
 
     @functools.cached_property
     def _prover(self) -> MaskProver:
         return MaskProver(self._program.graph)
+
+    @functools.cached_property
+    def transposed(self) -> MaskNames:
+        """The same for maps whose last dimension are the queries."""
+        return MaskNames(self._program, self._flow, transpose=True)
 
     def describe(self, masks: tuple[Mask, ...], is_causal: bool) -> str:
         """The name of masks that act together, and of a fused operator's own causal mask."""
@@ -59,7 +66,7 @@ class MaskNames:
             if proved and names <= {"causal"}:
                 keys |= names
             else:
-                keys.add(mask.number)
+                keys.add(f"{mask.number}ᵀ" if self._transpose else mask.number)
         return "+".join(sorted(keys)) or "none"
 
     def _names(self, mask: Mask) -> frozenset[str]:
@@ -71,9 +78,9 @@ class MaskNames:
 
     def _of_condition(self, node: fx.Node, keeps: bool) -> Iterator[str]:
         """The names of a condition, part by part."""
-        while (packet(node) in _MOVING or _is_negation(node)) and not self._is_padding(node):
+        while (self._is_moved(node) or _is_negation(node)) and not self._is_padding(node):
             keeps = keeps != (packet(node) in _NOT)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.all_input_nodes[0]
         if self._is_padding(node):
             yield "padding"
         elif packet(node) in (_AND if keeps else _OR):
@@ -89,15 +96,15 @@ class MaskNames:
             yield "causal"
         else:
             formula = self._prover.formula_of(node)
-            yield from _of_formula(formula if keeps else negation(formula))
+            yield from _of_formula(formula if keeps else negation(formula), self._transpose)
 
     def _of_values(self, node: fx.Node) -> Iterator[str]:
         """The names of values that are added to the scores."""
-        while packet(node) in _MOVING and not self._is_padding(node):
-            node = node.args[0]  # type: ignore[assignment]
+        while self._is_moved(node) and not self._is_padding(node):
+            node = node.all_input_nodes[0]
         named = arguments(node) if node.op == "call_function" and hasattr(node.target, "_schema") else {}
         if node not in self._flow.inputs:
-            yield from _of_formula(self._prover.formula_of(node))
+            yield from _of_formula(self._prover.formula_of(node), self._transpose)
         elif self._is_padding(node):
             yield "padding"
         elif packet(node) is aten.where and self._is_zero(named["self"]):
@@ -119,39 +126,53 @@ class MaskNames:
         return node in self._flow.inputs and (len(sizes(node)) < 2 or 1 in sizes(node)[-2:])
 
     def _is_number(self, node: fx.Node) -> bool:
-        return not sizes(node) or node not in self._flow.inputs and self._prover.forms[node] == Truth(True)
+        return not sizes(node) or self._single(node) is not None
 
     def _is_zero(self, value: object) -> bool:
-        if not isinstance(value, fx.Node):
-            return value == 0
-        form = self._prover.forms.get(value)
-        single = getattr(form, "single", None)
-        return isinstance(single, Number) and single.value == 0
+        return (self._single(value) if isinstance(value, fx.Node) else value) == 0
+
+    def _single(self, node: fx.Node) -> float | None:
+        """The number that all elements of a tensor are, if they are."""
+        form = self._prover.forms[node]
+        single = form.single if isinstance(form, Cases) else None
+        return single.value if isinstance(single, Number) else None
+
+    def _is_moved(self, node: fx.Node) -> bool:
+        """Whether a node is another one, broadcast or cast, or reshaped in front of its last two dimensions."""
+        if packet(node) not in _MOVING:
+            return False
+        operand = node.all_input_nodes[0]
+        if node in self._flow.inputs or packet(node) in _BROADCASTING:
+            return True
+        return operand.meta["val"].dtype is torch.bool and sizes(operand)[-2:] == sizes(node)[-2:]
 
     def _is_triangle(self, node: fx.Node) -> bool:
         """Whether a condition is a constant lower triangle, cut from its first row and column on."""
-        while packet(node) in _MOVING or (packet(node) is aten.slice and arguments(node)["start"] in (0, None)):
-            node = node.args[0]  # type: ignore[assignment]
-        if node.op != "get_attr":
+        while self._is_moved(node) or (packet(node) is aten.slice and arguments(node)["start"] in (0, None)):
+            node = node.all_input_nodes[0]
+        if self._transpose or node.op != "get_attr":
             return False
         table = get_attribute(self._program.module, str(node.target))
-        if not isinstance(table, torch.Tensor) or table.is_meta or table.ndim < 2 or isinstance(table, torch.nn.Parameter):
+        if not isinstance(table, torch.Tensor) or table.is_meta or table.ndim < 2:
             return False
         return bool((table.bool() == torch.ones_like(table, dtype=torch.bool).tril()).all())
 
 
-def _of_formula(formula: Formula) -> Iterator[str]:
+def _of_formula(formula: Formula, transpose: bool) -> Iterator[str]:
     """The names of a formula of the index, whose last two places are those of query and key."""
     if isinstance(formula, Every):
         for part in formula.parts:
-            yield from _of_formula(part)
+            yield from _of_formula(part, transpose)
     elif not _is_certain(formula):
         if not _is_band(formula):
             yield "fixed"
-        elif isinstance(formula, AtMostZero) and formula.form.coeffs[-1] == 1 and formula.form.const == 0:
-            yield "causal"
         else:
-            yield "window"
+            yield "causal" if _is_diagonal(formula, key=-2 if transpose else -1) else "window"
+
+
+def _is_diagonal(formula: Formula, key: int) -> bool:
+    """Whether a formula of the distance of key from query is ``key <= query``."""
+    return isinstance(formula, AtMostZero) and formula.form.coeffs[key] == 1 and formula.form.const == 0
 
 
 def _is_certain(formula: Formula) -> bool:

@@ -136,9 +136,9 @@ class MaskProver:
 
     def _prove(self, node: fx.Node) -> Proof:
         formula, sizes, bounds = self.formula_of(node), sizes_of(node), self.forms.bounds
-        if _everywhere(formula, sizes, bounds):
+        if not isinstance(formula, Unknown) and _everywhere(formula, sizes, bounds):
             return Proof("all", f"{formula} is true at every index")
-        if len(sizes) >= 2:
+        if not isinstance(formula, Unknown) and len(sizes) >= 2:
             below, above = lower(sizes), upper(sizes)
             if _holds(formula, below, sizes, bounds) and _holds(negation(formula), above, sizes, bounds):
                 return Proof("causal", f"{formula} is key <= query")

@@ -92,7 +92,7 @@ class Program:
     name: str
     notes: tuple[Note, ...] = ()
     non_persistent: frozenset[str] = frozenset()
-    containers: Mapping[str, type[torch.nn.Module]] = dataclasses.field(default_factory=dict)
+    originals: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
     mode_modules: Mapping[str, torch.nn.Module] = dataclasses.field(default_factory=dict)
     attention_dropout: Mapping[tuple[str, int], float] = dataclasses.field(default_factory=dict)
     functional_dropout: Mapping[tuple[str, int], float] = dataclasses.field(default_factory=dict)

@@ -32,8 +32,8 @@ class Note:
     """Something about the capture that its user has to know.
 
     ``kind`` is ``"training"`` (behaviour in training mode that the rewritten model does not have), ``"size"`` (a
-    dimension that was specialised), ``"mask"`` (a mask that was proved trivial), ``"outline"`` (a layer that stayed in
-    the flat graph) or ``"capture"``.
+    dimension that was specialised), ``"mask"`` (a mask that was proved trivial), ``"layerdrop"`` (layers that it spares),
+    ``"outline"`` (a layer that stayed in the flat graph) or ``"capture"``.
     """
 
     kind: str

@@ -6,7 +6,7 @@ import copy
 import itertools
 import linecache
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from . import calling
 from .graph_codec import decode, encode
 from .guards import checker
-from .program import CallingConvention, Guard
+from .program import CallingConvention, Guard, Program
 from .record import Record
 
 _numbers = itertools.count()
@@ -127,6 +127,11 @@ class Rewritten(GraphRunner):
         """Check the sizes, run the graph, and put the outputs into the original's structure."""
         self._check(*leaves)
         return pytree.tree_unflatten(self._run(self, *leaves), self.convention.out_spec)
+
+    @property
+    def program(self) -> Program:
+        """The outer graph as a program, for the cost model to walk; its layers are calls of modules with graphs."""
+        return Program(cast(fx.GraphModule, self), self.convention, self.guards, self.name)
 
     def _get_name(self) -> str:
         return self.name

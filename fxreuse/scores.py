@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from torch import fx
 
@@ -64,11 +65,12 @@ def _scores(
     spine = [product.node]
     while (above := reader[spine[-1]]) is not None:
         spine.append(above)
-    layout: Layout | None = start(product.node, product.axes)
-    for operand, node in zip(spine, spine[1:], strict=False):
-        layout = push(node, operand, layout, flow)
-        if layout is None:
+    layout = start(product.node, product.axes)
+    for operand, node in itertools.pairwise(spine):
+        after = push(node, operand, layout, flow)
+        if after is None:
             return None
+        layout = after
     at = layout[dim % len(layout)]
     if len(at) != 1 or at[0].piece or not product.summed:
         return None

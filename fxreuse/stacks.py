@@ -49,10 +49,13 @@ def assign_stacks(places: Sequence[Place]) -> list[Position]:
 
     A layer is the innermost numbered module (``blocks.3``) whose number varies from one attention to another, all
     else being equal; or else the innermost numbered one that is called several times, or the outermost of any name
-    that is. An attention of which there is only one makes a stack of its own.
+    that is. Attentions of which none of this is true make a stack for each module that they are in.
 
-    >>> [str(p.stack) for p in assign_stacks([Place(("layers", f"layers.{i}", f"layers.{i}.attn"), "self") for i in range(2)])]
-    ['layers.{i}·self', 'layers.{i}·self']
+    >>> places = [Place((f"layers.{i}", f"layers.{i}.attn"), "self") for i in range(2)]
+    >>> for position in assign_stacks(places):
+    ...     print(position.stack, position.layer, position.layer_path)
+    layers.{i}·self 0 layers.0
+    layers.{i}·self 1 layers.1
     """
     candidates = [_candidates(place) for place in _numbered(places)]
     layers: dict[tuple[str, str, str], dict[str, None]] = {}
@@ -60,8 +63,7 @@ def assign_stacks(places: Sequence[Place]) -> list[Position]:
         for option in options:
             layers.setdefault((option.template, option.inner, place.kind), {})[option.layer] = None
     chosen = [
-        next((o for o in options if len(layers[o.template, o.inner, place.kind]) > 1), None)
-        or _alone(place, options)
+        next((o for o in options if len(layers[o.template, o.inner, place.kind]) > 1), None) or _alone(place, options)
         for place, options in zip(places, candidates, strict=True)
     ]
     return _positions(places, chosen)
@@ -111,10 +113,7 @@ def _base(path: str) -> str:
 
 def _alone(place: Place, options: Sequence[_Candidate]) -> _Candidate:
     numbered = [o for o in options if o.template.partition("@")[0].endswith(_INDEX)]
-    if numbered:
-        return numbered[0]
-    own = [o for o in options if o.layer == place.path]
-    return _Candidate(place.path, place.path, own[0].inner if own else "")
+    return numbered[0] if numbered else _Candidate(place.path, place.path, "")
 
 
 def _positions(places: Sequence[Place], chosen: Sequence[_Candidate]) -> list[Position]:

@@ -9,6 +9,7 @@ import torch
 from .capture import caches_off, eval_mode
 from .errors import InputError, UnsupportedError
 from .inputs import Inputs, normalise
+from .untouched import untouched
 
 
 class _Reached(Exception):
@@ -32,7 +33,7 @@ def captured_inputs(model: torch.nn.Module, target: str, example_inputs: Any) ->
     inputs = normalise(model, example_inputs)
     handle = inner.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        with eval_mode(model), caches_off(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with untouched(model), eval_mode(model), caches_off(model), torch.no_grad():
             model(*inputs.args, **inputs.kwargs)
     except _Reached:
         return inner, _without_caches(received[0])

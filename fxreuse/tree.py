@@ -90,7 +90,8 @@ def _prune(module: torch.nn.Module, path: str, called: set[str], touched: set[st
         _prune(child, full, called, touched)
         plain = type(child) is torch.nn.Module and full in touched
         idle = type(child) is not torch.nn.Module and full not in called and not isinstance(child, fx.GraphModule)
-        empty = not child._parameters and not child._buffers and not child._modules
+        constants = any(isinstance(value, torch.Tensor) for value in child.__dict__.values())
+        empty = not (child._parameters or child._buffers or child._modules or constants)
         if empty and (plain or idle):
             del module._modules[name]
             touched.add(path)

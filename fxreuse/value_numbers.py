@@ -15,7 +15,7 @@ from torch import fx
 
 from .axes import sizes
 from .flow import SHAPE_ONLY, value_operands
-from .follow import SAME_VALUE, aten, is_transparent_module, packet
+from .follow import SAME_VALUE, arguments, aten, is_transparent_module, packet
 from .index_interpreter import written_tensors
 from .program import Program, get_attribute
 
@@ -29,8 +29,9 @@ _MIRRORED = {aten.gt: aten.lt, aten.ge: aten.le, aten.greater: aten.lt, aten.gre
 
 _SYNONYMS = {
     aten.__and__: aten.bitwise_and, aten.__or__: aten.bitwise_or, aten.multiply: aten.mul, aten.view: aten.reshape,
-    aten._unsafe_view: aten.reshape, aten.unsqueeze: aten.reshape, aten.squeeze: aten.reshape, aten.flatten: aten.reshape,
-    aten.unflatten: aten.reshape, aten.expand_as: aten.expand, aten.broadcast_to: aten.expand,
+    aten._unsafe_view: aten.reshape, aten.unsqueeze: aten.reshape, aten.squeeze: aten.reshape,
+    aten.flatten: aten.reshape, aten.unflatten: aten.reshape,
+    aten.expand_as: aten.expand, aten.broadcast_to: aten.expand,
 }  # fmt: skip
 
 #: Operators whose result is given by their first argument and the sizes of the result.
@@ -102,10 +103,10 @@ class ValueNumbers:
         name = _SYNONYMS.get(op, op)
         shape = str(sizes(node)) if isinstance(node.meta["val"], torch.Tensor) else ""
         if name in _SHAPED:
-            operand = value_operands(node)[0]
-            return self._numbers[operand] if sizes(operand) == sizes(node) else digest(str(name), shape, self._numbers[operand])
+            number, changed = self._numbers[node.all_input_nodes[0]], sizes(node.all_input_nodes[0]) != sizes(node)
+            return digest(str(name), shape, number) if changed else number
         if op in SHAPE_ONLY:
-            fill = [self._text(a) for a in node.args[1:] if not isinstance(a, (list, tuple))]
+            fill = [self._text(a) for key, a in arguments(node).items() if key == "fill_value"]
             return digest(str(op), shape, str(node.meta["val"].dtype), *fill)
         operands = [self._text(argument) for argument in node.args]
         mirror = _MIRRORED.get(op)

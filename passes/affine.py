@@ -41,18 +41,16 @@ def affine_scores(site: AttentionSite, softmax: fx.Node) -> Affine:
     node = scores
     while not is_call(node, *_PRODUCTS):
         if is_call(node, _aten.baddbmm.default):
-            if bias is not None:
-                raise _refusal(site, node, "several terms are added")
             alpha, beta = argument(node, 4, "alpha", 1), argument(node, 3, "beta", 1)
-            bias = _times(softmax, node.args[0], scale * beta)  # type: ignore[arg-type]
+            bias = _plus(softmax, bias, _times(softmax, node.args[0], scale * beta))  # type: ignore[arg-type]
             return _product(site, softmax, node.args[1], node.args[2], scale * alpha, bias)  # type: ignore[arg-type]
         if is_call(node, _aten.mul.Tensor, _aten.mul.Scalar) and isinstance(node.args[1], (int, float)):
             scale *= node.args[1]
         elif is_call(node, _aten.div.Tensor, _aten.div.Scalar) and isinstance(node.args[1], (int, float)):
             scale /= node.args[1]
-        elif is_call(node, _aten.add.Tensor) and bias is None:
+        elif is_call(node, _aten.add.Tensor):
             node, added = _split_sum(site, node)
-            bias = _times(softmax, added, scale)
+            bias = _plus(softmax, bias, _times(softmax, added, scale))
             continue
         else:
             raise _refusal(site, node, "the scores are not affine in the product of queries and keys")
@@ -89,6 +87,13 @@ def _times(before: fx.Node, node: fx.Node, factor: float) -> fx.Node:
         return node
     with inserting_before(before) as insert:
         return insert(_aten.mul.Tensor, node, factor)
+
+
+def _plus(before: fx.Node, one: fx.Node | None, other: fx.Node) -> fx.Node:
+    if one is None:
+        return other
+    with inserting_before(before) as insert:
+        return insert(_aten.add.Tensor, one, other)
 
 
 def _refusal(site: AttentionSite, node: fx.Node, reason: str) -> UnsupportedError:

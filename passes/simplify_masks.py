@@ -26,7 +26,6 @@ import torch
 from torch import fx
 
 from fxreuse.index_call import same_size, sizes_of
-from fxreuse.index_forms import Cases, Number
 from fxreuse.mask_proof import MaskProver
 from fxreuse.nodes import argument, inserting_before, is_call, remove_dead
 from fxreuse.program import Program, module_path
@@ -134,9 +133,9 @@ class _Simplifier:
         return None
 
     def _is_zero(self, mask: fx.Node) -> bool:
-        value = self._prover.forms.get(mask)
-        leaf = value.single if isinstance(value, Cases) else None
-        return isinstance(leaf, Number) and leaf.value == 0
+        value = mask.meta.get("val")
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return floating and self._prover.prove(mask).kind == "all"
 
     def _replace(self, node: fx.Node, operand: fx.Node | None, kind: str) -> str | None:
         if operand is None or not _same_type(node, operand) or self._is_written(node) or self._is_written(operand):
