@@ -40,8 +40,8 @@ def apply(
         plan: such as ``"4x4"``: four layers a group, four groups. See `Plan`.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; inferred where left
             out. Batch and lengths stay free.
-        target: the path of a submodule: only it is captured and replaced, in place, inside ``model``, which is returned.
-            ``example_inputs`` are the whole model's.
+        target: the path of a submodule: only it is captured and replaced, in place, inside ``model``, which is
+            returned. ``example_inputs`` are the whole model's.
         copy: give the result parameters of its own. Without it they are shared with ``model``, so that training or
             converting one changes the other.
 
@@ -91,7 +91,9 @@ def _apply(model: torch.nn.Module | ExportedProgram, plan: Plan, example_inputs:
 
 def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Program, Record]:
     stacks = {name: len(members) for name, members in sites.stacks.items()}
-    decisions, removed, buffers = (), {}, ()  # type: ignore[var-annotated]
+    decisions: tuple[Decision, ...] = ()
+    removed: dict[str, int] = {}
+    buffers: tuple[str, ...] = ()
     for step in plan.passes:
         name, leaders = choose_stack(step, stacks)
         result = reuse(program, sites.stacks[name], leaders, step.lowering)

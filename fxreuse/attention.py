@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from tabulate import tabulate
@@ -16,7 +17,8 @@ class SiteNodes:
     ``map`` is the node whose value is the attention map before dropout: a softmax, or the fused operator itself.
     ``contexts`` are the nodes that contract the map with values (several where one map has several consumers);
     of a fused operator it is the operator. ``query`` and ``key`` are the operands of the product that makes the scores
-    and ``scores`` the input of the softmax; ``mask`` is the ``attn_mask`` of a fused operator. What is not there is None.
+    and ``scores`` the input of the softmax; ``mask`` is the ``attn_mask`` of a fused operator. What is not there is
+    None.
     """
 
     map: str
@@ -35,8 +37,9 @@ class AttentionSite:
     ``path`` is the module call that it happens in (``encoder.layer.3.attention.self``; ``a.b@1`` is the second call of
     ``a.b``) and ``order`` its number among the softmaxes and fused attentions of that call. ``stack`` names the stack
     that it belongs to, ``layer`` its place there and ``layer_path`` the module call that is this layer.
-    ``map_shape`` is the symbolic shape of its map, ``(batch, heads, queries, keys)``. ``mask`` names what masks it (``"none"``, ``"causal"``, ``"padding"`` …);
-    two sites whose ``mask_key`` are equal are masked by the same values. ``bias`` says what is added to its scores.
+    ``map_shape`` is the symbolic shape of its map, ``(batch, heads, queries, keys)``. ``mask`` names what masks it
+    (``"none"``, ``"causal"``, ``"padding"`` …); two sites whose ``mask_key`` are equal are masked by the same values.
+    ``bias`` says what is added to its scores.
     """
 
     path: str
@@ -71,11 +74,20 @@ class Rejected:
 
 
 class AttentionSites(Sequence[AttentionSite]):
-    """The attentions of a model in the order of execution, with what was not taken and why. Prints as a table."""
+    """The attentions of a model in the order of execution, with what was not taken and why. Prints as a table.
 
-    def __init__(self, sites: Sequence[AttentionSite], rejected: Sequence[Rejected] = ()) -> None:
+    ``sizes`` says which size of which input a symbol in a ``map_shape`` stands for (``s70`` → ``input_ids.shape[1]``).
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[AttentionSite],
+        rejected: Sequence[Rejected] = (),
+        sizes: Mapping[str, str] | None = None,
+    ) -> None:
         self._sites = tuple(sites)
         self.rejected = tuple(rejected)
+        self.sizes = dict(sizes or {})
 
     @overload
     def __getitem__(self, index: int) -> AttentionSite: ...
@@ -100,6 +112,7 @@ class AttentionSites(Sequence[AttentionSite]):
 
     def __str__(self) -> str:
         headers = ["stack", "layer", "site", "kind", "heads", "head dim", "map", "fused", "mask", "bias"]
+        letters = self._letters()
         rows = [
             [
                 site.stack,
@@ -108,7 +121,7 @@ class AttentionSites(Sequence[AttentionSite]):
                 site.kind,
                 site.heads if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}",
                 site.head_dim if site.head_dim == site.value_dim else f"{site.head_dim}/{site.value_dim}",
-                "×".join(str(size) for size in site.map_shape),
+                "×".join(letters.get(str(size), str(size)) for size in site.map_shape),
                 "yes" if site.fused else "no",
                 site.mask,
                 site.bias,
@@ -116,7 +129,20 @@ class AttentionSites(Sequence[AttentionSite]):
             for site in self._sites
         ]
         lines = [tabulate(rows, headers=headers, disable_numparse=True)] if rows else ["no attention found"]
+        lines += [f"{letter} = {self._in_words(size)}" for size, letter in letters.items()]
         lines += [f"not attention: {r.path or '(root)'} {r.node}: {r.reason}" for r in self.rejected]
         return "\n".join(lines)
+
+    def _letters(self) -> dict[str, str]:
+        """A letter for every size of a map that is not a number: B for batches, T for lengths, numbered if several."""
+        letters: dict[str, str] = {}
+        for name, axes in (("B", (0,)), ("T", (2, 3))):
+            sizes = dict.fromkeys(str(site.map_shape[axis]) for site in self._sites for axis in axes)
+            free = [size for size in sizes if not size.isdigit() and size not in letters]
+            letters.update({size: f"{name}{i + 1}" if len(free) > 1 else name for i, size in enumerate(free)})
+        return letters
+
+    def _in_words(self, size: str) -> str:
+        return re.sub(r"\bs\d+\b", lambda match: self.sizes.get(match.group(), match.group()), size)
 
     __repr__ = __str__

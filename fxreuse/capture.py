@@ -87,7 +87,7 @@ def _quiet_sizes() -> contextlib.AbstractContextManager[Any]:
 
 
 def _capture_error(model: torch.nn.Module, errors: list[tuple[str, Exception]]) -> CaptureError:
-    how, first = errors[0]
+    _, first = errors[0]
     line = _line_at_fault(first)
     attempts = "; ".join(f"{name}: {_first_line(error)}" for name, error in errors)
     found = CaptureError(
@@ -206,7 +206,7 @@ def _to_program(
         if isinstance(leaf, Leaf):
             tensors.append((leaf, node.meta["val"]))
         else:
-            node.replace_all_uses_with(leaf)  # type: ignore[arg-type]
+            node.replace_all_uses_with(leaf)
             module.graph.erase_node(node)
     conventions = CallingConvention(tuple(signature.parameters.values()), arguments, info.out_spec)
     persistent = set(exported.state_dict)
@@ -263,7 +263,7 @@ def _from_exported(exported: ExportedProgram) -> Program:
 def _signature_of(exported: ExportedProgram) -> tuple[dict[str, Any], inspect.Signature]:
     """Names and example values of an exported program's arguments; it keeps no defaults."""
     args, kwargs = exported.example_inputs or ((), {})
-    names = list(exported.module_call_graph[0].signature.forward_arg_names or ())  # type: ignore[union-attr]
+    names = list(exported.module_call_graph[0].signature.forward_arg_names or ())
     if len(names) < len(args) + len(kwargs):
         names = [f"arg{index}" for index in range(len(args))] + list(kwargs)
     bound = {**dict(zip(names, args, strict=False)), **kwargs}

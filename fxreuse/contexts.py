@@ -109,5 +109,3 @@ def _context(consumer: Contraction, operand: fx.Node) -> Context:
     shape = dict(zip(value_labels, sizes(values), strict=True))
     own = [label for label in value_labels if label not in labels and label in consumer.axes]
     return Context(consumer.node, values, product(shape[label] for label in own))
-
-

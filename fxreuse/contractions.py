@@ -127,9 +127,7 @@ def einsum_labels(equation: str, ranks: list[int]) -> tuple[str, str, str] | Non
     if not arrow:
         letters = (inputs.replace("...", "")).replace(",", "")
         result = ("..." if "..." in inputs else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    left, right = (
-        t.replace("...", ellipsis[len(ellipsis) - width :]) for t, width in zip(terms, widths, strict=True)
-    )
+    left, right = (t.replace("...", ellipsis[len(ellipsis) - width :]) for t, width in zip(terms, widths, strict=True))
     return left, right, result.replace("...", ellipsis)
 
 

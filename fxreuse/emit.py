@@ -88,7 +88,10 @@ def _layer_graph(region: Region, own_parameters: bool) -> tuple[fx.Graph, list[f
     owned = {
         node
         for node in region.inputs
-        if own_parameters and node.op == "get_attr" and node.target.startswith(prefix) and inside.issuperset(node.users)
+        if own_parameters
+        and node.op == "get_attr"
+        and str(node.target).startswith(prefix)
+        and inside.issuperset(node.users)
     }
     sources = size_sources(node for node in region.inputs if node not in owned)
     tensors = [node for node in region.inputs if node not in owned and not _is_size(node)]
@@ -105,12 +108,12 @@ def _layer_graph(region: Region, own_parameters: bool) -> tuple[fx.Graph, list[f
             values[node] = graph.call_function(_SIZE, (values[source], dim))
             values[node].meta = copy.copy(node.meta)
     for node in owned:
-        values[node] = graph.get_attr(node.target[len(prefix) :])
+        values[node] = graph.get_attr(str(node.target)[len(prefix) :])
         values[node].meta = copy.copy(node.meta)
     for node in region.nodes:
         made = graph.node_copy(node, lambda old: values[old])
         if node.op == "call_module":
-            made.target = node.target.removeprefix(prefix)
+            made.target = str(node.target).removeprefix(prefix)
         values[node] = made
     outputs = tuple(values[node] for node in region.outputs)
     graph.output(outputs[0] if len(outputs) == 1 else outputs)

@@ -19,7 +19,7 @@ from .flow import FUSED, Flow
 from .follow import arguments, aten, packet
 from .heads import Roles, fused_roles, map_shape, score_roles
 from .mask_names import MaskNames
-from .program import Program, module_path, module_stack
+from .program import Program, input_sizes, module_path, module_stack
 from .scores import Scores, find_scores, push
 from .stacks import Place, assign_stacks
 from .value_numbers import ValueNumbers
@@ -47,7 +47,7 @@ def find(program: Program) -> AttentionSites:
         else:
             found.append(dataclasses.replace(result, order=counts[path]))
         counts[path] += 1
-    return AttentionSites(_placed(found), rejected)
+    return AttentionSites(_placed(found), rejected, input_sizes(program))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -137,9 +137,7 @@ def _resized(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
     before, after = sizes(operand), sizes(node)
     if len(before) != len(after):
         return None
-    return tuple(
-        dim if old == new else resized(dim, new) for dim, old, new in zip(layout, before, after, strict=True)
-    )
+    return tuple(dim if old == new else resized(dim, new) for dim, old, new in zip(layout, before, after, strict=True))
 
 
 def _repeated(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:

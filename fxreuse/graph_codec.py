@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .errors import FxReuseError
+from .nodes import map_nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ def encode(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """The nodes of a graph as picklable tuples, in order."""
     rows = []
     for node in graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda argument: _Reference(argument.name))
+        args, kwargs = map_nodes((node.args, node.kwargs), lambda argument: _Reference(argument.name))
         target = _Operator(str(node.target)) if isinstance(node.target, torch._ops.OpOverload) else node.target
         rows.append((node.name, node.op, target, _plain(args), _plain(kwargs)))
     return rows

@@ -48,12 +48,17 @@ def call(
 
 def evaluate(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value of a call over the values of its arguments: with fake tensors, nothing is computed."""
-    values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+    values = map_nodes((args, kwargs), lambda node: node.meta["val"])
     found: list[Any] = []
-    fx.node.map_arg((args, kwargs), lambda node: found.append(node.meta["val"]))
+    map_nodes((args, kwargs), lambda node: found.append(node.meta["val"]))
     mode = detect_fake_mode([value for value in found if isinstance(value, torch.Tensor)])
     with mode or contextlib.nullcontext(), torch.enable_grad():
         return function(*values[0], **values[1])
+
+
+def map_nodes(value: Any, function: Callable[[fx.Node], Any]) -> Any:
+    """The same structure with a function applied to every node in it."""
+    return fx.node.map_arg(value, function)
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

@@ -1,4 +1,4 @@
-"""Outlining: cut a flat graph into the layers of its stacks, each a graph of its own, and an outer graph that calls them.
+"""Outlining: cut a flat graph into the layers of its stacks, each a graph of its own, and an outer one that calls them.
 
 A region is the set of nodes of one layer call. It can be cut out where it is convex: nothing outside depends on it and
 feeds it. What several layers share and no hidden state feeds (relative position tables, masks) stays outside.
@@ -76,9 +76,10 @@ def _hoist_shared(graph: fx.Graph, regions: dict[str, Region]) -> None:
     for node in graph.nodes:
         if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
             fed.add(node)
-        elif not isinstance(node.meta.get("val"), (torch.SymInt, int, torch.device, torch.dtype)):
-            if any(argument in fed for argument in node.all_input_nodes):
-                fed.add(node)
+            continue
+        is_size = isinstance(node.meta.get("val"), (torch.SymInt, int, torch.device, torch.dtype))
+        if not is_size and any(argument in fed for argument in node.all_input_nodes):
+            fed.add(node)
     shared = [
         node
         for node, region in owner.items()

@@ -207,3 +207,13 @@ def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
     for argument in node.all_input_nodes:
         if isinstance(argument.meta.get("val"), torch.Tensor):
             yield argument
+
+
+def input_sizes(program: Program) -> dict[str, str]:
+    """Which size of which input each symbol stands for: ``s70`` → ``input_ids.shape[1]``."""
+    found: dict[str, str] = {}
+    for leaf, node in zip(program.call.leaves, program.graph.find_nodes(op="placeholder"), strict=True):
+        for dim, size in enumerate(node.meta["val"].shape):
+            if not isinstance(size, int):
+                found.setdefault(str(size.node.expr), f"{leaf.name}.shape[{dim}]")
+    return found

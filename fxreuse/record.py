@@ -32,8 +32,8 @@ class Note:
     """Something about the capture that its user has to know.
 
     ``kind`` is ``"training"`` (behaviour in training mode that the rewritten model does not have), ``"size"`` (a
-    dimension that was specialised), ``"mask"`` (a mask that was proved trivial), ``"layerdrop"`` (layers that it spares),
-    ``"outline"`` (a layer that stayed in the flat graph) or ``"capture"``.
+    dimension that was specialised), ``"mask"`` (a mask that was proved trivial), ``"layerdrop"`` (layers that it
+    spares), ``"outline"`` (a layer that stayed in the flat graph) or ``"capture"``.
     """
 
     kind: str
@@ -71,12 +71,14 @@ class Record:
         return sum(self.added.values())
 
     def __str__(self) -> str:
-        rows = [[d.layer, d.site, d.action, d.leader or "", d.lowering or "", d.reason] for d in self.decisions]
-        table = tabulate(rows, headers=["layer", "site", "action", "leader", "lowering", "why"], disable_numparse=True)
+        rows = [[d.layer, d.site, d.action, d.leader or "", d.lowering or ""] for d in self.decisions]
+        table = tabulate(rows, headers=["layer", "site", "action", "leader", "lowering"], disable_numparse=True)
+        reasons = dict.fromkeys(f"{d.lowering}: {d.reason}" for d in self.decisions if d.lowering)
         lines = [
             f"plan {self.plan}",
             "stacks " + ", ".join(f"{name} ({count} layers)" for name, count in self.stacks.items()),
             table,
+            *reasons,
             f"parameters removed {self.parameters_removed:,}, added {self.parameters_added:,}",
         ]
         lines += [f"note [{note.kind}] {note}" for note in self.notes]

@@ -6,7 +6,7 @@ import copy
 import itertools
 import linecache
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -28,7 +28,8 @@ class GraphRunner(torch.nn.Module):
     module's do.
     """
 
-    _RUNTIME = ("_graph", "_run")
+    _RUNTIME: ClassVar[tuple[str, ...]] = ("_graph", "_run")
+    _run: Callable[..., Any]
 
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
@@ -93,9 +94,8 @@ class Layer(GraphRunner):
 
     def extra_repr(self) -> str:
         """What a layer takes and gives, by name."""
-        takes = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        (given,) = self.graph.output_node().args
-        gives = [node.name for node in (given if isinstance(given, (list, tuple)) else (given,))]
+        takes = [str(node.name) for node in self.graph.nodes if node.op == "placeholder"]
+        gives = [node.name for node in self.graph.output_node().all_input_nodes]
         text = f"takes {', '.join(takes)}; gives {', '.join(gives)}"
         return text if self.layerdrop is None else f"{text}; layerdrop={self.layerdrop}"
 
@@ -107,7 +107,8 @@ class Rewritten(GraphRunner):
     size or an argument that it did not see is refused by name.
     """
 
-    _RUNTIME = ("_graph", "_run", "_call", "_check", "forward")
+    _RUNTIME: ClassVar[tuple[str, ...]] = ("_graph", "_run", "_check", "forward")
+    _check: Callable[..., None]
 
     def __init__(
         self, graph: fx.Graph, name: str, convention: CallingConvention, guards: tuple[Guard, ...], record: Record
@@ -139,6 +140,11 @@ class Rewritten(GraphRunner):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._set_call()
+
+    def _replicate_for_data_parallel(self) -> Rewritten:
+        twin = super()._replicate_for_data_parallel()
+        twin._set_call()
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
         twin = super().__deepcopy__(memo)

@@ -7,6 +7,7 @@ names float32, the second names float64. Nothing is computed or copied for it: t
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .inputs import Inputs
 from .mode_modules import marked
+from .nodes import map_nodes
 from .program import FOLLOWS, Program
 from .record import Note
 
@@ -66,14 +68,18 @@ def _read_uncast(twins: dict[fx.Node, fx.Node]) -> None:
         if len(read) != len(twin_read):
             continue
         wanted = iter([_uncast(mine, its, twins) for mine, its in zip(read, twin_read, strict=True)])
-        node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _, wanted=wanted: next(wanted))
+        node.args, node.kwargs = map_nodes((node.args, node.kwargs), functools.partial(_next, wanted))
 
 
 def _positions(node: fx.Node) -> list[fx.Node]:
     """The nodes in the arguments of a node, position by position."""
     found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), found.append)
+    map_nodes((node.args, node.kwargs), found.append)
     return found
+
+
+def _next(nodes: Iterator[fx.Node], _: fx.Node) -> fx.Node:
+    return next(nodes)
 
 
 def _uncast(read: fx.Node, twin_read: fx.Node, twins: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -124,7 +130,7 @@ def _twin_calls(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> l
         twin = _meta_copy(model, convert)
         given = Inputs(*pytree.tree_map(convert, (inputs.args, dict(inputs.kwargs))))
         with marked(twin):
-            exported, how = export(twin, given, attempts=1)
+            exported, _ = export(twin, given, attempts=1)
     except Exception:
         return None
     return list(_calls(exported.module(check_guards=False)))

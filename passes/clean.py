@@ -66,12 +66,13 @@ def _whole_slice(node: fx.Node) -> fx.Node | None:
 
 def _part_of_concatenation(node: fx.Node) -> fx.Node | None:
     """``chunk(cat([a, b, c]), 3)[1]`` is ``b`` where the pieces are of one size."""
-    split, index = node.args
+    split: Any = node.args[0]
     if not is_call(split, torch.ops.aten.chunk.default) or not is_call(split.args[0], torch.ops.aten.cat.default):
         return None
-    parts: Any = split.args[0].args[0]
-    axes = argument(split.args[0], 1, "dim", 0), argument(split, 2, "dim", 0)
-    rank = split.args[0].meta["val"].dim()
+    joined = split.args[0]
+    parts, index = joined.args[0], node.args[1]
+    axes = argument(joined, 1, "dim", 0), argument(split, 2, "dim", 0)
+    rank = joined.meta["val"].dim()
     if axes[0] % rank != axes[1] % rank or len(parts) != argument(split, 1, "chunks"):
         return None
     sizes = {part.meta["val"].shape[axes[0]] for part in parts}

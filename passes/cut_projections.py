@@ -103,7 +103,7 @@ def _find_kept(projection: _Projection) -> _Kept | None:
         (user,) = node.users
         if user.op != "call_function" or user.target not in _MOVES or user.args[0] is not node:
             break
-        values = tuple(_run(user, value) for value in values)  # type: ignore[assignment]
+        values = tuple(_run(user, value) for value in values)
         node = user
         if isinstance(values[0], torch.Tensor):
             chain.append((node, *values))
@@ -119,7 +119,8 @@ def _find_kept(projection: _Projection) -> _Kept | None:
 def _run(node: fx.Node, value: Any) -> Any:
     """The node's operator on plain tensors, symbolic sizes replaced by those of the example."""
     args, kwargs = fx.node.map_arg(
-        (node.args[1:], node.kwargs), lambda n: _hint(n.meta["val"]) if not isinstance(n.meta["val"], torch.Tensor) else n
+        (node.args[1:], node.kwargs),
+        lambda n: _hint(n.meta["val"]) if not isinstance(n.meta["val"], torch.Tensor) else n,
     )
     return node.target(value, *args, **kwargs)  # type: ignore[operator]
 

@@ -37,7 +37,7 @@ def fold_modules(program: Program) -> Program:
             continue
         path = module_path(node).partition("@")[0]
         original = program.originals.get(path)
-        shape = _LEAVES.get(type(original))  # type: ignore[arg-type]
+        shape = _LEAVES.get(type(original))
         if original is None or shape is None or not is_call(node, shape[0]):
             continue
         _, source, weight, bias = shape

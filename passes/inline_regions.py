@@ -71,7 +71,7 @@ def _inline(program: Program, node: fx.Node, region: fx.Node, inputs: list[fx.No
     (returned,) = module.graph.output_node().args
     results = [values[item] if isinstance(item, fx.Node) else item for item in returned]
     for user in list(node.users):
-        result = results[user.args[1]]
+        result = results[int(user.args[1])]  # type: ignore[arg-type]
         if detach and isinstance(result, fx.Node) and result.meta["val"].is_floating_point():
             with inserting_before(user) as insert:
                 result = insert(torch.ops.aten.detach.default, result)

@@ -71,9 +71,9 @@ def free_dtypes(program: Program) -> Program:
     """Casts and factories that name the model's own floating dtype take it from a tensor that has it. Exact tier.
 
     ``x.to(float32)`` in the graph may have been ``x.float()``, which stays, or ``x.to(input.dtype)``, which follows the
-    model. Which of the two it was stands in ``meta``, as seen by capturing the model in another dtype. A cast that follows
-    becomes ``x.type_as(y)``: ``y`` is what the nearest fixed cast upstream was applied to (a norm that
-    computes in float32 and casts back), or else a floating parameter.
+    model. Which of the two it was stands in ``meta``, as seen by capturing the model in another dtype. A cast that
+    follows becomes ``x.type_as(y)``: ``y`` is what the nearest fixed cast upstream was applied to (a norm that computes
+    in float32 and casts back), or else a floating parameter.
     """
     program = program.copy()
     for node in list(program.graph.nodes):
@@ -120,11 +120,10 @@ def _floating_parameter(program: Program, before: fx.Node, wanted: torch.dtype |
     for candidate in program.graph.nodes:
         if candidate is before:
             return None
-        if candidate.op == "get_attr" and isinstance(
-            get_attribute(program.module, candidate.target), torch.nn.Parameter
-        ):
-            if candidate.meta["val"].dtype == wanted:
-                return candidate
+        if candidate.op != "get_attr" or candidate.meta["val"].dtype != wanted:
+            continue
+        if isinstance(get_attribute(program.module, candidate.target), torch.nn.Parameter):
+            return candidate
     return None
 
 

@@ -70,7 +70,11 @@ def reuse(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[in
     drop(program, set(gone))
     program.module.recompile()
     program.check()
-    parameters = {path: tensor.numel() for path, tensor in before.items() if path in gone and isinstance(tensor, torch.nn.Parameter)}
+    parameters = {
+        path: tensor.numel()
+        for path, tensor in before.items()
+        if path in gone and isinstance(tensor, torch.nn.Parameter)
+    }
     buffers = tuple(sorted(gone - parameters.keys() - program.non_persistent))
     return Reuse(program, _with_removed(decisions, parameters | cut), parameters | cut, buffers)
 
@@ -93,8 +97,8 @@ def _check_groups(sites: Sequence[AttentionSite], leaders: Sequence[int]) -> Non
         shapes = [[str(size) for size in site.map_shape] for site in (source, follower)]
         if shapes[0] != shapes[1]:
             raise PlanError(
-                f"{follower} (layer {layer}) cannot use the map of {source} (layer {leader}): their maps differ in shape, "
-                f"{'×'.join(shapes[1])} against {'×'.join(shapes[0])} (batch×heads×queries×keys). "
+                f"{follower} (layer {layer}) cannot use the map of {source} (layer {leader}): their maps differ in "
+                f"shape, {'×'.join(shapes[1])} against {'×'.join(shapes[0])} (batch×heads×queries×keys). "
                 "Choose groups within layers whose maps have one shape."
             )
         if source.mask_key != follower.mask_key:
@@ -128,7 +132,8 @@ def _with_removed(decisions: dict[int, Decision], removed: dict[str, int]) -> tu
         best = max(followers, key=lambda layer: _common(decisions[layer].site, path))
         taken.setdefault(best, []).append(path)
     return tuple(
-        dataclasses.replace(decisions[layer], removed=tuple(sorted(taken.get(layer, ())))) for layer in sorted(decisions)
+        dataclasses.replace(decisions[layer], removed=tuple(sorted(taken.get(layer, ()))))
+        for layer in sorted(decisions)
     )
 
 
@@ -139,4 +144,3 @@ def _common(one: str, other: str) -> int:
             break
         count += 1
     return count
-

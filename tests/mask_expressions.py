@@ -36,6 +36,8 @@ JOIN = {"and": torch.logical_and, "or": operator.or_, "band": operator.and_, "xo
 FINISH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bool": lambda visible: visible,
     "heads": lambda visible: visible[None, None].expand(2, 1, -1, -1),
+    "heads split": lambda visible: visible.expand(6, -1, -1).reshape(2, 3, *visible.shape),
+    "heads joined": lambda visible: visible.expand(2, 3, -1, -1).reshape(6, *visible.shape),
     "swapped twice": lambda visible: visible.transpose(0, 1).reshape(1, visible.shape[1], -1)[0].mT,
     "where": lambda visible: torch.where(visible, 0.0, -torch.inf),
     "where zeros": lambda visible: torch.where(visible, torch.zeros(()), LOWEST),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fxreuse.index_forms import Truth
 from fxreuse.mask_proof import MaskProver, formula_of, prove
 
-from .mask_expressions import LOWEST, Expression, Masks, mask, masks, outputs, sizes_to_try
+from .mask_expressions import FINISH, LOWEST, Expression, Masks, mask, masks, outputs, sizes_to_try
 
 Q, K = ("position", 0, "plain"), ("position", 1, "plain")
 CAUSAL = ("compare", "le", K, Q)
@@ -72,6 +72,30 @@ def test_what_is_proved_holds_at_every_size(expressions: list[Expression], squar
 )
 def test_ways_to_write_a_causal_mask(formula: Expression, square: bool) -> None:
     assert formula_kind(formula, square) == "causal"
+
+
+@pytest.mark.parametrize("finish", FINISH)
+def test_ways_to_hand_over_a_causal_mask(finish: str) -> None:
+    assert kinds(Masks([(finish, CAUSAL)], True), torch.zeros(5), torch.zeros(7)) == ["causal"]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("from one", Q),
+        ("backwards", ("position", 0, "from the end")),
+        ("even", ("times", Q, 2)),
+        ("strided", ("plus", ("times", Q, 3), 1)),
+        ("tail", ("plus", Q, 3)),
+        ("tail from the end", ("plus", Q, 3)),
+        ("gathered", ("plus", Q, 1)),
+        ("gathered from the end", Q),
+        ("counted", Q),
+        ("slope", ("plus", ("times", Q, 0), 1)),
+    ],
+)
+def test_ways_to_write_positions(name: str, plain: Expression) -> None:
+    assert formula_kind(("compare", "eq", ("position", 0, name), plain)) == "all"
 
 
 @pytest.mark.parametrize("square", [True, False])

@@ -1,0 +1,27 @@
+"""Attention by hand, and finding it in a module that is called with plain tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from fxreuse.attention import AttentionSites
+from fxreuse.find import find
+from fxreuse.frontend import load_program
+from fxreuse.program import Program
+
+
+class Attention(torch.nn.Module):
+    """Attention by hand; subclasses write the two products in their own way."""
+
+    def __init__(self, heads: int = 2, dim: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (torch.nn.Linear(dim, dim) for _ in range(3))
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], self.heads, -1)
+
+
+def find_in(module: torch.nn.Module, *shapes: tuple[int, ...]) -> tuple[Program, AttentionSites]:
+    program = load_program(module.eval(), tuple(torch.randn(shape) for shape in shapes or ((3, 5, 8),)))
+    return program, find(program)
