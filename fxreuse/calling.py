@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ def make_forward(module: Rewritten, convention: CallingConvention, name: str) ->
     signature = inspect.Signature(convention.parameters)
     seen = {argument.name: argument for argument in convention.arguments}
     scope: dict[str, Any] = {"_owner": weakref.ref(module), "_leaves": _leaves, "_refuse": _refuse, "_model": name}
+    scope |= {"_refuse_all": _refuse_all, "_accepted": convention.accepted}
     parameters, lines = [], []
     keyword_only = False
     for index, parameter in enumerate(signature.parameters.values()):
@@ -41,7 +42,7 @@ def make_forward(module: Rewritten, convention: CallingConvention, name: str) ->
         if argument is not None:
             lines.append(f"    leaves += _leaves(_model, _argument{index}, {parameter.name})")
         elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            lines.append(f"    if {parameter.name}: _refuse(_model, {parameter.name!r}, {parameter.name}, ())")
+            lines.append(f"    _refuse_all(_model, {parameter.name}, _accepted)")
         else:
             lines.append(f"    _refuse(_model, {parameter.name!r}, {parameter.name}, _accepted{index})")
     source = "\n".join(
@@ -88,6 +89,14 @@ def _refuse(model: str, name: str, value: Any, accepted: tuple[Any, ...]) -> Non
         f"{model}: the argument {name} was not there when the model was captured, so the graph does not know it "
         f"(found {_show(value)}). Apply the plan again with {name} in example_inputs, or leave it out."
     )
+
+
+def _refuse_all(model: str, values: dict[str, Any] | tuple[Any, ...], accepted: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse what came in by ``*args`` or ``**kwargs``, unless it says what was captured."""
+    if isinstance(values, tuple):
+        values = {f"at position {index} of *args": value for index, value in enumerate(values)}
+    for name, value in values.items():
+        _refuse(model, name, value, accepted.get(name, ()))
 
 
 def _same(value: Any, other: Any) -> bool:

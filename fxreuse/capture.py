@@ -234,17 +234,18 @@ def _arguments(bound: dict[str, Any]) -> tuple[Argument, ...]:
 
 
 def _accepted(call: CallingConvention, model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Values of arguments that were left out which say what was captured: the default, and what a configuration makes
-    of a default of None."""
+    """Values of arguments that were left out which say what was captured, by name.
+
+    They are the default, and what a configuration (`model.config`) makes of None.
+    """
     config = getattr(model, "config", None)
-    accepted = {}
+    names = list(getattr(config, "__dict__", {}))
+    names += [n for base in type(config).__mro__ for n, kind in vars(base).items() if isinstance(kind, property)]
+    settings = {name: getattr(config, name, None) for name in names if not name.startswith("_")}
+    accepted = {name: (None, value) for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
     for parameter in call.parameters:
-        values = [parameter.default]
-        if parameter.default is None and parameter.name == "use_cache":
-            values.append(False)
-        elif parameter.default is None and isinstance(getattr(config, parameter.name, None), (bool, int, float, str)):
-            values.append(getattr(config, parameter.name))
-        accepted[parameter.name] = tuple(values)
+        known = accepted.get(parameter.name, ()) if parameter.default is None else ()
+        accepted[parameter.name] = (parameter.default, *known)
     return accepted
 
 

@@ -35,6 +35,7 @@ def emit(program: Program, record: Record, layer_paths: Iterable[str], modes: di
         refused[order.path] = "it and another layer need each other's values"
         order = schedule(program.graph, regions)
     notes = [Note("outline", path, f"stays in the outer graph: {reason}") for path, reason in refused.items()]
+    notes += _lost_layerdrop(program, regions)
     names = _names(program, regions)
     outer, layers = _cut(program, order, names)
     root = Rewritten(
@@ -53,6 +54,14 @@ def emit(program: Program, record: Record, layer_paths: Iterable[str], modes: di
     return root
 
 
+def _lost_layerdrop(program: Program, regions: list[Region]) -> list[Note]:
+    """A note on every layer that the original skips at random and the result cannot."""
+    gates = {region.path for region in regions if len(region.outputs) == 1}
+    remedy = "set the model's LayerDrop to 0, or keep the Python around its layers with target="
+    lost = [(path, p) for path, p in program.layerdrop.items() if p > 0 and path not in gates]
+    return [Note("training", path, f"LayerDrop ({p:g}) never skips this layer", remedy) for path, p in lost]
+
+
 def _names(program: Program, regions: list[Region]) -> dict[str, str]:
     """Region path → path in the result: ``a.b@0``, ``a.b@1`` … for a module that is called several times."""
     repeated = {region.base for region in regions if "@" in region.path}
@@ -69,7 +78,8 @@ def _cut(program: Program, order: list[fx.Node | Region], names: dict[str, str])
             continue
         path = names[item.path]
         graph, reads = _layer_graph(item, own_parameters="@" not in path)
-        layers[path] = Layer(graph, _class_name(program, item.base), program.layerdrop.get(item.path))
+        skipped = program.layerdrop.get(item.path) if len(item.outputs) == 1 else None
+        layers[path] = Layer(graph, _class_name(program, item.base), skipped)
         made = outer.call_module(path, tuple(values[node] for node in reads))
         made.meta["nn_module_stack"] = copy.copy(item.outputs[0].meta.get("nn_module_stack", {}))
         results = [node.meta["val"] for node in item.outputs]

@@ -222,16 +222,17 @@ def rotate(operand: torch.Tensor) -> torch.Tensor:
 
 @st.composite
 def specs(draw: st.DrawFn, **fixed: object) -> Spec:
-    """A spec in which every query has a key to look at."""
+    """A spec in which every query has a key to look at. Features are rare enough for a capture to stay quick."""
+    rarely = st.sampled_from([False, False, True])
     heads = draw(st.integers(1, 4))
-    cross = draw(st.booleans())
+    cross = draw(rarely)
     kv_heads = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     layouts = ["split", "sizes"] if kv_heads != heads else ["split", "sizes", "chunk", "unbind", "interleaved"]
     masks = ["none", "window", "alternating", "causal"]
     mask = draw(st.sampled_from(masks[:1] if cross else masks))
     paddings = ["none"] if mask in ("window", "alternating") else ["none", "bool", "additive"]
     found = Spec(
-        layers=draw(st.integers(2, 5)),
+        layers=draw(st.sampled_from([3, 2, 3, 4, 5])),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 4, 6])),
@@ -240,11 +241,11 @@ def specs(draw: st.DrawFn, **fixed: object) -> Spec:
         score=draw(st.sampled_from(["sdpa", "softmax", "bmm"])),
         mask=mask,
         padding=draw(st.sampled_from(paddings)),
-        relative=draw(st.booleans()),
+        relative=draw(rarely),
         bias=draw(st.booleans()),
         cross=cross,
-        rotary=draw(st.booleans()),
-        normed=draw(st.booleans()),
+        rotary=draw(rarely),
+        normed=draw(rarely),
         dropout=draw(st.sampled_from([0.0, 0.1, 0.5])),
     )
     return dataclasses.replace(found, **fixed)

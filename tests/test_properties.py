@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 import fxreuse
+from fxreuse.record import Record
 
 from .architectures import randomise
-from .running import assert_same, assert_same_gradients, call, cast, changes, gradients, seeded_step, snapshot
+from .running import assert_same, assert_same_gradients, call, cast, changes, seeded_step, snapshot
 from .strategies import Spec, Transformer, plans, specs
 
-# One example is a capture and takes about a second.
-FEW = settings(max_examples=max(5, settings.default.max_examples // 2))
+# An example is a capture, which takes seconds: only the property that looks at everything gets as many as the profile says.
+FEW = settings(max_examples=max(5, settings.default.max_examples // 4))
 
 CAPTURED = (2, 5, 7)
 TOLERANCE = 1e-10
@@ -55,70 +55,64 @@ def requests(draw: st.DrawFn) -> Request:
     return Request(spec, *draw(plans(spec.layers)), draw(other_sizes))
 
 
+def apply(model: Transformer, request: Request, lowering: str) -> torch.nn.Module:
+    """The rewritten model. Scores in the open may be more than this package sees an affine function in; fused, never."""
+    try:
+        return fxreuse.apply(model, f"{request.plan} lowering={lowering}", request.inputs(CAPTURED))
+    except fxreuse.UnsupportedError as error:
+        spec = request.spec
+        bare = spec.mask == spec.padding == "none" and not spec.relative
+        if lowering != "recompute" or spec.score == "sdpa" or bare or "lowering=materialize" not in str(error):
+            raise
+    reject()
+
+
 @settings(FEW)
 @given(specs(), other_sizes)
 def test_the_identity_plan_changes_nothing(spec: Spec, sizes: tuple[int, int, int]) -> None:
     request = Request(spec, "1x*", tuple(range(spec.layers)), sizes)
     model, captured, other = request.build(), request.inputs(CAPTURED), request.inputs(sizes)
-    rewritten = fxreuse.apply(model, request.plan, captured)
+    rewritten = apply(model, request, "auto")
     for inputs in (captured, other):
         assert_same(call(rewritten, inputs), call(model, inputs), 1e-12)
-    parameters = dict(model.named_parameters())
-    assert {name: id(p) for name, p in rewritten.named_parameters()} == {name: id(p) for name, p in parameters.items()}
     expected, expected_gradients = seeded_step(model, lambda: call(model, other))
     actual, actual_gradients = seeded_step(rewritten, lambda: call(rewritten, other))
     assert_same(actual, expected, 1e-12)
     assert_same_gradients(actual_gradients, expected_gradients, 1e-12)
+    assert {n: id(p) for n, p in rewritten.named_parameters()} == {n: id(p) for n, p in model.named_parameters()}
 
 
-@given(requests(), lowerings)
-def test_reuse_is_what_the_definition_says(request: Request, lowering: str) -> None:
+@given(requests(), lowerings, st.booleans())
+def test_reuse_is_what_the_definition_says(request: Request, lowering: str, training: bool) -> None:
+    """Equal outputs and gradients in both modes, a true record, and a model that is left alone."""
     assume(not request.mixes_masks)
-    model, captured, other = request.build(), request.inputs(CAPTURED), request.inputs(request.sizes)
-    rewritten = fxreuse.apply(model, f"{request.plan} lowering={lowering}", captured)
+    model, captured, other = request.build().train(training), request.inputs(CAPTURED), request.inputs(request.sizes)
+    before = snapshot(model)
+    rewritten = apply(model, request, lowering)
+    after = snapshot(model)
+    assert {kind: changes(before[kind], after[kind]) for kind in before} == {kind: [] for kind in before}
+    assert rewritten.training == training
+    model.eval()
+    rewritten.eval()
     for inputs in (captured, other):
         assert_same(call(rewritten, inputs), model.run(request.leaders, **inputs), TOLERANCE)
     expected, expected_gradients = seeded_step(model, lambda: model.run(request.leaders, **other))
     actual, actual_gradients = seeded_step(rewritten, lambda: call(rewritten, other))
     assert_same(actual, expected, TOLERANCE)
     assert_same_gradients(actual_gradients, expected_gradients, TOLERANCE)
+    unused = {name for name, gradient in expected_gradients.items() if gradient is None}
+    assert_record_is_true(fxreuse.describe(rewritten), model, rewritten, unused)
+    followers = sum(leader != i for i, leader in enumerate(request.leaders))
+    assert sum(d.action == "follow" for d in fxreuse.describe(rewritten).decisions) == followers
 
 
-@settings(FEW)
-@given(requests(), lowerings)
-def test_the_record_says_which_parameters_are_gone(request: Request, lowering: str) -> None:
-    assume(not request.mixes_masks)
-    model, captured = request.build(), request.inputs(CAPTURED)
-    rewritten = fxreuse.apply(model, f"{request.plan} lowering={lowering}", captured)
-    unused = {n for n, g in gradients(model, model.run(request.leaders, **captured)).items() if g is None}
+def assert_record_is_true(record: Record, model: torch.nn.Module, rewritten: torch.nn.Module, unused: set[str]) -> None:
+    """What is gone is what nothing reads any more, and the record has its size."""
     originals, remaining = dict(model.named_parameters()), dict(rewritten.named_parameters())
     assert originals.keys() - remaining.keys() == unused
-    record = fxreuse.describe(rewritten)
-    assert unused <= record.removed.keys()
     for name, parameter in originals.items():
         left = remaining[name].numel() if name in remaining else 0
         assert parameter.numel() - record.removed.get(name, 0) + record.added.get(name, 0) == left, name
-    followers = sum(leader != i for i, leader in enumerate(request.leaders))
-    assert (record.parameters_removed > record.parameters_added) == (followers > 0)
-
-
-@settings(FEW)
-@given(requests(), lowerings, st.booleans())
-def test_applying_leaves_the_model_alone(request: Request, lowering: str, training: bool) -> None:
-    model, captured = request.build().train(training), request.inputs(CAPTURED)
-    outputs = call(copy.deepcopy(model).eval(), captured)
-    before = snapshot(model)
-    try:
-        rewritten = fxreuse.apply(model, f"{request.plan} lowering={lowering}", captured)
-    except fxreuse.FxReuseError:
-        assert request.mixes_masks
-    else:
-        assert not request.mixes_masks
-        assert rewritten.training == training
-        call(rewritten.eval(), captured)
-    after = snapshot(model)
-    assert {kind: changes(before[kind], after[kind]) for kind in before} == {kind: [] for kind in before}
-    assert torch.equal(call(model.eval(), captured), outputs)
 
 
 @settings(FEW)
