@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from .attention import AttentionSites
 from .emit import emit
-from .errors import FxReuseError, UnsupportedError
+from .errors import FxReuseError, PlanError, UnsupportedError
 from .find import find
 from .frontend import load_program
 from .passes.fold_modules import fold_modules
@@ -96,6 +96,8 @@ def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Progr
     buffers: tuple[str, ...] = ()
     for step in plan.passes:
         name, leaders = choose_stack(step, stacks)
+        if any(decision.stack == name for decision in decisions):
+            raise PlanError(f"plan {str(plan)!r} names the stack {name} twice; give every stack one part of the plan.")
         result = reuse(program, sites.stacks[name], leaders, step.lowering)
         program = keep_leaders(result.program, result.decisions, sites)
         decisions += result.decisions

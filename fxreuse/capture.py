@@ -239,9 +239,7 @@ def _accepted(call: CallingConvention, model: torch.nn.Module) -> dict[str, tupl
     They are the default, and what a configuration (`model.config`) makes of None.
     """
     config = getattr(model, "config", None)
-    names = list(getattr(config, "__dict__", {}))
-    names += [n for base in type(config).__mro__ for n, kind in vars(base).items() if isinstance(kind, property)]
-    settings = {name: getattr(config, name, None) for name in names if not name.startswith("_")}
+    settings = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else {}
     accepted = {name: (None, value) for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
     for parameter in call.parameters:
         known = accepted.get(parameter.name, ()) if parameter.default is None else ()

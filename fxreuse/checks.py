@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from .verification import CompileCheck, OutputCheck, SpeedCheck, speedups
 
 EXACT = 1e-10
 STORED_MAP = 2e-2
+# A comparison that takes longer than this many seconds is made at fewer batch sizes.
+_SLOW = 3.0
 _CHANGE_THE_FUNCTION = frozenset({"share", "residual", "fiak"})
 
 Compiled = Callable[..., Any]
@@ -97,13 +100,15 @@ def check_outputs(pair: Pair, record: Record | None, tolerance: float | None) ->
     if tolerance is None:
         tolerance = STORED_MAP if re.search(r"\bdtype=", plan) else EXACT
     wide, batch = pair.cast(torch.float64), pair.batch_size()
+    begun = time.perf_counter()
     total, shapes = _compare(wide, followers)
+    took = time.perf_counter() - begun
     tensors = total.compared
     sizes = [batch] if batch is not None and tensors else []
     notes = (
         [f"by design, {' and '.join(changing)} makes another function: errors are for information"] if changing else []
     )
-    for size in _nearby(batch) if tensors else ():
+    for size in _nearby(batch, few=took > _SLOW) if tensors else ():
         try:
             found, _ = _compare(wide.with_batch(size), followers, example=False)
         except _RefusedError as refused:
@@ -265,9 +270,12 @@ def _followers(record: Record | None) -> dict[SiteKey, SiteKey]:
     return {site_key(d.site): site_key(d.leader) for d in decisions if d.action == "follow" and d.leader}
 
 
-def _nearby(batch: int | None) -> list[int]:
-    """Other batch sizes to try: one less, one more, and twice as many and one."""
-    return [] if batch is None else sorted({size for size in (batch - 1, batch + 1, 2 * batch + 1) if size > 0})
+def _nearby(batch: int | None, few: bool) -> list[int]:
+    """Other batch sizes to try: one less, one more, and twice as many and one; of a slow model only one more."""
+    if batch is None:
+        return []
+    sizes = (batch + 1,) if few else (batch - 1, batch + 1, 2 * batch + 1)
+    return sorted({size for size in sizes if size > 0})
 
 
 def _calling(pair: Pair, model: Compiled) -> Callable[[], object]:

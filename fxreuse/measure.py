@@ -15,6 +15,7 @@ from torch.utils import benchmark
 
 _KINETO_SILENT = "6"
 _SHORTEST = 1e-7
+_FEWEST = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def interleaved(
     Args:
         functions: what to time, by name.
         seconds: roughly how long to measure, all functions and rounds together.
-        rounds: number of rounds; a function is called at least once in each.
+        rounds: number of rounds; a function is called at least once in each. Slow functions get fewer, down to 3.
 
     Returns:
         The timing of each function, under its name.
@@ -97,11 +98,14 @@ def interleaved(
     if not functions or rounds < 1:
         raise ValueError(f"expected functions to time and rounds ≥ 1, found {len(functions)} functions, {rounds=}")
     timers = {name: timeit.Timer(function, timer=benchmark.timer) for name, function in functions.items()}
-    share = seconds / (rounds * len(timers))
-    calls = {}
+    single = {}
     for name, timer in timers.items():
-        timer.timeit(2)
-        calls[name] = max(1, int(share / max(timer.timeit(1), _SHORTEST)))
+        single[name] = timer.timeit(1)
+        if single[name] < seconds:
+            single[name] = max(timer.timeit(1), _SHORTEST)
+    rounds = max(min(rounds, _FEWEST), min(rounds, int(seconds / sum(single.values()))))
+    share = seconds / (rounds * len(timers))
+    calls = {name: max(1, int(share / time)) for name, time in single.items()}
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     for _ in range(rounds):

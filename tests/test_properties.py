@@ -16,7 +16,7 @@ from .architectures import randomise
 from .running import assert_same, assert_same_gradients, call, cast, changes, seeded_step, snapshot
 from .strategies import Spec, Transformer, plans, specs
 
-# An example is a capture, which takes seconds: only the property that looks at everything gets as many as the profile says.
+# An example is a capture, which takes seconds: only the property that looks at everything gets all examples.
 FEW = settings(max_examples=max(5, settings.default.max_examples // 4))
 
 CAPTURED = (2, 5, 7)
@@ -55,13 +55,13 @@ def requests(draw: st.DrawFn) -> Request:
     return Request(spec, *draw(plans(spec.layers)), draw(other_sizes))
 
 
-def apply(model: Transformer, request: Request, lowering: str) -> torch.nn.Module:
-    """The rewritten model. Scores in the open may be more than this package sees an affine function in; fused, never."""
+def apply(model: Transformer, request: Request, lowering: str, captured: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The rewritten model. Scores in the open may be more than what is seen to be affine; fused or bare ones not."""
     try:
-        return fxreuse.apply(model, f"{request.plan} lowering={lowering}", request.inputs(CAPTURED))
+        return fxreuse.apply(model, f"{request.plan} lowering={lowering}", captured)
     except fxreuse.UnsupportedError as error:
         spec = request.spec
-        bare = spec.mask == spec.padding == "none" and not spec.relative
+        bare = spec.score == "softmax" and spec.mask == spec.padding == "none" and not spec.relative
         if lowering != "recompute" or spec.score == "sdpa" or bare or "lowering=materialize" not in str(error):
             raise
     reject()
@@ -72,7 +72,7 @@ def apply(model: Transformer, request: Request, lowering: str) -> torch.nn.Modul
 def test_the_identity_plan_changes_nothing(spec: Spec, sizes: tuple[int, int, int]) -> None:
     request = Request(spec, "1x*", tuple(range(spec.layers)), sizes)
     model, captured, other = request.build(), request.inputs(CAPTURED), request.inputs(sizes)
-    rewritten = apply(model, request, "auto")
+    rewritten = apply(model, request, "auto", captured)
     for inputs in (captured, other):
         assert_same(call(rewritten, inputs), call(model, inputs), 1e-12)
     expected, expected_gradients = seeded_step(model, lambda: call(model, other))
@@ -88,7 +88,7 @@ def test_reuse_is_what_the_definition_says(request: Request, lowering: str, trai
     assume(not request.mixes_masks)
     model, captured, other = request.build().train(training), request.inputs(CAPTURED), request.inputs(request.sizes)
     before = snapshot(model)
-    rewritten = apply(model, request, lowering)
+    rewritten = apply(model, request, lowering, captured)
     after = snapshot(model)
     assert {kind: changes(before[kind], after[kind]) for kind in before} == {kind: [] for kind in before}
     assert rewritten.training == training

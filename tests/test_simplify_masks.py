@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from fxreuse.passes.simplify_masks import simplify_masks
 from torch import fx
 
 from fxreuse.capture import caches_off, capture
 from fxreuse.frontend import load_program
 from fxreuse.nodes import argument, is_call
+from fxreuse.passes.simplify_masks import simplify_masks
 from fxreuse.program import Program
 
 from .architectures import ARCHITECTURES, randomise

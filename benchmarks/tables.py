@@ -1,0 +1,44 @@
+"""Write the tables in docs/ from the measurements in benchmarks/results/."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "measurements.md"
+
+
+def identity() -> str:
+    found = json.loads((ROOT / "benchmarks" / "results" / "identity.json").read_text())
+    rows = []
+    for name, row in found.items():
+        cells = [name]
+        for mode in ("eager", "compiled"):
+            one = row[mode]
+            cells += [f"{one['original_ms']:.1f}", f"{one['identity_ms']:.1f}"]
+            cells += [f"{one['ratio']:.2f} ({one['low']:.2f} to {one['high']:.2f})"]
+        rows.append(cells)
+    headers = ["model, input", "original, eager", "identity, eager", "original / identity"]
+    headers += ["original, compiled", "identity, compiled", "original / identity"]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def write(page: str, name: str, table: str) -> str:
+    """The page with the table between its two marks replaced."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(page):
+        raise SystemExit(f"{PAGE.name} has no place for {name}: expected {start} and {end}")
+    return pattern.sub(lambda _: f"{start}\n{table}\n{end}", page)
+
+
+def main() -> None:
+    PAGE.write_text(write(PAGE.read_text(), "identity", identity()))
+
+
+if __name__ == "__main__":
+    main()
