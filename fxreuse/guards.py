@@ -17,6 +17,9 @@ from .program import Guard, Leaf
 _SIZE = re.compile(r"L((?:\[[^\]]*\])+)\.size\(\)\[(\d+)\]")
 _SIMPLE = re.compile(r"size\(\"([^\"]*)\", (\d+)\) (==|!=|<=|>=|<|>) (-?\d+)")
 _SWAPPED = re.compile(r"(-?\d+) (==|!=|<=|>=|<|>) (size\(\"[^\"]*\", \d+\))")
+# What export makes of a slice of a table: ``min(64, n) == n``, in several spellings, says n <= 64.
+_CAP = re.compile(r"(size\(\"[^\"]*\", \d+\)) == min\((\d+), \1\)(?: or min\(\2, \1\) == 1)?")
+_MIRRORED_CAP = re.compile(r"min\((\d+), (size\(\"[^\"]*\", \d+\))\) == \2")
 _MIRROR = {"==": "==", "!=": "!=", "<=": ">=", ">=": "<=", "<": ">", ">": "<"}
 _WORDS = {
     "==": "must be",
@@ -55,6 +58,7 @@ def _convert(source: str, names: set[str]) -> Guard | None:
         return f'size("{keys[0][1:-1] + "".join(f"[{key}]" for key in keys[1:])}", {match.group(2)})'
 
     converted = _SIZE.sub(size, source)
+    converted = _CAP.sub(r"\1 <= \2", _MIRRORED_CAP.sub(r"\2 <= \1", converted))
     swapped = _SWAPPED.fullmatch(converted)
     if swapped:
         converted = f"{swapped.group(3)} {_MIRROR[swapped.group(2)]} {swapped.group(1)}"

@@ -69,6 +69,9 @@ def randomise(model: torch.nn.Module, gain: float = 1.4) -> torch.nn.Module:
 
 ARCHITECTURES: dict[str, Callable[[], Case]] = {}
 
+# The name of the first case with the same model and inputs, where several have them.
+SAME_MODEL = {"bart_decoder": "bart_cross", "bart_encoder": "bart_cross"}
+
 
 def architecture(*variants: Any) -> Callable[[Callable[..., Case]], Callable[..., Case]]:
     """Register a case under the name of its function, or under one name for every variant, which it is given."""
@@ -221,14 +224,14 @@ def _samples(padding: str) -> dict[str, Inputs]:
 
 
 def _speech(kind: type, config: type, variant: str, attention: str = "attention", **settings: Any) -> Case:
-    """``dense`` and ``padded`` as published: with layer drop and SpecAugment; ``unmasked`` is without the two."""
+    """``dense`` and ``padded`` as published: with layer drop and SpecAugment; ``unmasked`` is without both of these."""
     unmasked = variant == "unmasked"
     model = kind(config(**_SPEECH, **settings, **(_NO_MASKING if unmasked else {})))
     site = f"encoder.layers.{{}}.{attention}"
     return Case(model, **_samples(variant), site=site, layer="encoder.layers.{}", training_lost=not unmasked)
 
 
-@architecture("dense", "padded")
+@architecture("padded", "unmasked")
 def wav2vec2(variant: str) -> Case:
     return _speech(hf.Wav2Vec2Model, hf.Wav2Vec2Config, variant)
 
@@ -238,7 +241,7 @@ def hubert(variant: str) -> Case:
     return _speech(hf.HubertModel, hf.HubertConfig, variant)
 
 
-@architecture("dense", "padded", "unmasked")
+@architecture("padded", "unmasked")
 def wavlm(variant: str) -> Case:
     return _speech(hf.WavLMModel, hf.WavLMConfig, variant, num_buckets=16, max_bucket_distance=20)
 

@@ -14,7 +14,7 @@ import torch
 import fxreuse
 from fxreuse.reference import site_calls
 
-from .architectures import ARCHITECTURES, Case
+from .architectures import ARCHITECTURES, SAME_MODEL, Case
 from .running import (
     assert_same,
     assert_same_gradients,
@@ -28,8 +28,7 @@ from .running import (
     snapshot,
 )
 
-# One stack or another of the same model makes no difference here.
-NAMES = sorted(set(ARCHITECTURES) - {"bart_decoder", "bart_cross"})
+NAMES = sorted(ARCHITECTURES.keys() - SAME_MODEL.keys())
 
 
 @dataclasses.dataclass
