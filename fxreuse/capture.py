@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from . import guards as guarding
-from .errors import CaptureError
+from .errors import CaptureError, InputError
 from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
 from .program import Argument, CallingConvention, Leaf, Program
@@ -45,8 +46,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     with untouched(model), eval_mode(model), caches_off(model):
         facts = probe(model, inputs.args, inputs.kwargs)
         with marked(model) as modules:
-            exported, how = export(model, inputs)
-        program = _to_program(exported, bind(model, inputs), inspect.signature(model.forward), type(model).__name__)
+            program, how = _trace(model, inputs)
         dtype_notes = mark_dtypes(program, model, inputs)
     program.notes = (*_size_notes(program, how), *dtype_notes, *facts.lost)
     program.mode_modules = modules
@@ -56,6 +56,37 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     program.layerdrop = facts.layerdrop
     program.originals = dict(model.named_modules(remove_duplicate=False))
     return program
+
+
+def _trace(model: torch.nn.Module, inputs: Inputs) -> tuple[Program, str]:
+    """The program, and how it was exported.
+
+    A model that keeps something of its last call (a table for the length that it saw) ties the graph to that length
+    where the example has the same: then a shorter example is tried.
+    """
+
+    def attempt(given: Inputs) -> tuple[Program, str]:
+        exported, how = export(model, given)
+        signature = inspect.signature(model.forward)
+        return _to_program(exported, bind(model, given), signature, type(model).__name__), how
+
+    found = attempt(inputs)
+    if not _tied(found[0]):
+        return found
+    try:
+        other = attempt(shorten(inputs))
+    except CaptureError:
+        return found
+    return found if _tied(other[0]) else other
+
+
+def _tied(program: Program) -> bool:
+    """Whether a guard fixes a length: an expression of it, or the length of a matrix, equals a number."""
+    ndim = {leaf.name: leaf.ndim for leaf in program.call.leaves}
+    for guard in program.guards:
+        if re.search(r"== \d+$", guard.source) and any(dim == 1 and ndim[leaf] == 2 for leaf, dim in guard.sizes()):
+            return True
+    return False
 
 
 def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[ExportedProgram, str]:
@@ -78,7 +109,22 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
             return exported, how
         except Exception as error:
             errors.append((how, error))
+    _check_inputs_run(model, inputs)
     raise _capture_error(model, errors)
+
+
+def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
+    """Where the model itself fails on the example inputs, they are at fault and not the capture."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    try:
+        with torch.no_grad():
+            model(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} itself fails on these example_inputs: {_first_line(error)}. "
+            f"Pass inputs that it accepts; its forward takes {inspect.signature(model.forward)}."
+        ) from error
 
 
 def _quiet_sizes() -> contextlib.AbstractContextManager[Any]:
@@ -170,6 +216,22 @@ def widen_batch(inputs: Inputs) -> Inputs:
 
     args, kwargs = pytree.tree_map(repeat, (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs)
+
+
+def shorten(inputs: Inputs) -> Inputs:
+    """The same inputs an eighth shorter: the second axis of matrices, and of whatever else is as long as they are."""
+    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
+    lengths = {leaf.shape[1] for leaf in leaves if leaf.ndim == 2}
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        for dim in range(1, leaf.ndim):
+            if leaf.shape[dim] in lengths:
+                leaf = leaf.narrow(dim, 0, max(2, leaf.shape[dim] - max(1, leaf.shape[dim] // 8)))
+        return leaf
+
+    return Inputs(*pytree.tree_map(cut, (inputs.args, inputs.kwargs)))
 
 
 def _dynamic_shapes(model: torch.nn.Module, inputs: Inputs) -> Any:

@@ -89,6 +89,15 @@ def allow_batch_of_one(guards: Iterable[Guard], leaf: Leaf) -> tuple[Guard, ...]
     )
 
 
+def excludes_one_value(guard: Guard) -> bool:
+    """Whether a guard has the form ``expression != number``.
+
+    >>> excludes_one_value(make_guard('(size("x", 1) // 10) != 22')), excludes_one_value(make_guard('size("x", 1) > 1'))
+    (True, False)
+    """
+    return re.fullmatch(r"[^=<>!]*!= \(?-?\d+\)?", guard.source) is not None
+
+
 def holds(guard: Guard, sizes: Mapping[tuple[str, int], int]) -> bool:
     """Whether a guard holds at these sizes, ``(leaf, dimension)`` → size.
 

@@ -213,7 +213,10 @@ _SPEECH = {
     "num_conv_pos_embedding_groups": 4,
     **_TINY,
 }
-_NO_MASKING = {"apply_spec_augment": False, "layerdrop": 0.0}
+_VARIANTS = {
+    "unmasked": {"apply_spec_augment": False, "layerdrop": 0.0},
+    "layerdrop": {"apply_spec_augment": False, "layerdrop": 0.5},
+}
 
 
 def _samples(padding: str) -> dict[str, Inputs]:
@@ -224,11 +227,10 @@ def _samples(padding: str) -> dict[str, Inputs]:
 
 
 def _speech(kind: type, config: type, variant: str, attention: str = "attention", **settings: Any) -> Case:
-    """``dense`` and ``padded`` as published: with layer drop and SpecAugment; ``unmasked`` is without both of these."""
-    unmasked = variant == "unmasked"
-    model = kind(config(**_SPEECH, **settings, **(_NO_MASKING if unmasked else {})))
-    site = f"encoder.layers.{{}}.{attention}"
-    return Case(model, **_samples(variant), site=site, layer="encoder.layers.{}", training_lost=not unmasked)
+    """``dense`` and ``padded`` are as published, with LayerDrop and SpecAugment, which is Python that no graph has."""
+    model = kind(config(**_SPEECH, **settings, **_VARIANTS.get(variant, {})))
+    site, lost = f"encoder.layers.{{}}.{attention}", variant not in _VARIANTS
+    return Case(model, **_samples(variant), site=site, layer="encoder.layers.{}", training_lost=lost)
 
 
 @architecture("padded", "unmasked")
@@ -236,7 +238,7 @@ def wav2vec2(variant: str) -> Case:
     return _speech(hf.Wav2Vec2Model, hf.Wav2Vec2Config, variant)
 
 
-@architecture("dense", "padded", "unmasked")
+@architecture("dense", "padded", "unmasked", "layerdrop")
 def hubert(variant: str) -> Case:
     return _speech(hf.HubertModel, hf.HubertConfig, variant)
 

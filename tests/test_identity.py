@@ -160,10 +160,10 @@ def test_on_the_meta_device(identity: Identity) -> None:
 def test_under_autocast(identity: Identity) -> None:
     """On a copy: some models keep tables in whatever dtype they were last called with."""
     model, inputs = copy.deepcopy(identity.model), identity.case.other_inputs
-    full = named_tensors(call_original(model, inputs))
     with torch.autocast("cpu", torch.bfloat16):
         expected = call_original(model, inputs)
         actual = call(identity.rewritten, inputs)
+    full = named_tensors(call_original(model, inputs))
     assert_same(actual, expected, 2e-2 if identity.case.inexact else 0.0)
     changed = [place for place, tensor in named_tensors(actual).items() if not torch.equal(tensor.float(), full[place])]
     assert changed, "autocast changed nothing"

@@ -16,9 +16,6 @@ from .architectures import randomise
 from .running import assert_same, assert_same_gradients, call, cast, changes, seeded_step, snapshot
 from .strategies import Spec, Transformer, plans, specs
 
-# An example is a capture, which takes seconds: only the property that looks at everything gets all examples.
-FEW = settings(max_examples=max(5, settings.default.max_examples // 4))
-
 CAPTURED = (2, 5, 7)
 TOLERANCE = 1e-10
 
@@ -67,7 +64,6 @@ def apply(model: Transformer, request: Request, lowering: str, captured: dict[st
     reject()
 
 
-@settings(FEW)
 @given(specs(), other_sizes)
 def test_the_identity_plan_changes_nothing(spec: Spec, sizes: tuple[int, int, int]) -> None:
     request = Request(spec, "1x*", tuple(range(spec.layers)), sizes)
@@ -115,7 +111,6 @@ def assert_record_is_true(record: Record, model: torch.nn.Module, rewritten: tor
         assert parameter.numel() - record.removed.get(name, 0) + record.added.get(name, 0) == left, name
 
 
-@settings(FEW)
 @given(requests())
 def test_layers_with_different_masks_do_not_share_a_map(request: Request) -> None:
     spec = dataclasses.replace(request.spec, mask="alternating", padding="none", cross=False)
@@ -132,7 +127,7 @@ def test_layers_with_different_masks_do_not_share_a_map(request: Request) -> Non
     assert any(follower in str(caught.value) and leader in str(caught.value) for follower, leader in pairs)
 
 
-@settings(max_examples=200)
+@settings(max_examples=max(200, settings.default.max_examples))
 @given(st.integers(1, 12).flatmap(plans), st.sampled_from(["", "encoder", "a.b.{i}·self"]), lowerings)
 def test_plans_print_as_they_are_read(plan: tuple[str, tuple[int, ...]], stack: str, lowering: str) -> None:
     text, leaders = plan
