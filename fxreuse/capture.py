@@ -19,7 +19,7 @@ from . import guards as guarding
 from .errors import CaptureError, InputError
 from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
-from .program import Argument, CallingConvention, Leaf, Program
+from .program import Argument, CallingConvention, Leaf, Program, fixed_size
 from .record import Note
 from .training import probe
 from .untouched import untouched
@@ -75,7 +75,7 @@ def _trace(model: torch.nn.Module, inputs: Inputs) -> tuple[Program, str]:
         return found
     try:
         other = attempt(shorten(inputs))
-    except CaptureError:
+    except (CaptureError, InputError):
         return found
     return found if _tied(other[0]) else other
 
@@ -103,14 +103,22 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
         try:
             with warnings.catch_warnings(), _quiet_sizes():
                 warnings.simplefilter("ignore")
-                exported = torch.export.export(
-                    model, given.args, dict(given.kwargs), dynamic_shapes=shapes, strict=strict
-                )
+                args, kwargs = _unmarked(given)
+                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
             return exported, how
         except Exception as error:
             errors.append((how, error))
     _check_inputs_run(model, inputs)
     raise _capture_error(model, errors)
+
+
+def _unmarked(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Aliases of the inputs: export leaves marks on the tensors that it is given."""
+
+    def alias(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map_only(torch.Tensor, alias, (inputs.args, dict(inputs.kwargs)))
 
 
 def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
@@ -336,12 +344,11 @@ def _size_notes(program: Program, how: str) -> tuple[Note, ...]:
     """A note on every length or batch that the capture fixed."""
     notes = []
     for leaf, node in zip(program.call.leaves, program.graph.find_nodes(op="placeholder"), strict=True):
-        shape = node.meta["val"].shape
-        fixed = [dim for dim, size in enumerate(shape) if isinstance(size, int)]
-        batch_or_length = [dim for dim in fixed if dim == 0 or (dim == 1 and leaf.ndim == 2)]
-        if how.startswith("fixed") or batch_or_length:
-            dims = ", ".join(
-                f"dimension {dim} = {shape[dim]}" for dim in (fixed if how == "fixed sizes" else batch_or_length)
-            )
+        sizes = [fixed_size(size) for size in node.meta["val"].shape]
+        fixed = [dim for dim, size in enumerate(sizes) if size is not None]
+        if how != "fixed sizes":
+            fixed = [dim for dim in fixed if dim == 0 or (dim == 1 and leaf.ndim in (2, 3))]
+        if fixed:
+            dims = ", ".join(f"dimension {dim} = {sizes[dim]}" for dim in fixed)
             notes.append(Note("size", leaf.name, f"fixed at {dims}", "other sizes are refused by name"))
     return tuple(notes)

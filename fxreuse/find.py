@@ -41,7 +41,7 @@ def find(program: Program) -> AttentionSites:
         if node.op != "call_function" or packet(node) not in _SOFTMAX | FUSED:
             continue
         path = module_path(node)
-        result = finder.fused(node) if packet(node) in FUSED else finder.softmax(node)
+        result = _with_known_heads(finder.fused(node) if packet(node) in FUSED else finder.softmax(node))
         if isinstance(result, str):
             rejected.append(Rejected(path, node.name, result, source_line(node)))
         else:
@@ -66,6 +66,16 @@ class _Found:
     bias: str
     nodes: SiteNodes
     order: int = 0
+
+
+def _with_known_heads(found: _Found | str) -> _Found | str:
+    """The attention, or a reason where its heads or their width are not numbers."""
+    if isinstance(found, str):
+        return found
+    for name, size in (("heads", found.shape[1]), ("key heads", found.kv_heads), ("head width", found.head_dim)):
+        if not getattr(size, "is_Integer", isinstance(size, int)):
+            return f"its number of {name} is {size}, which depends on the size of an input"
+    return found
 
 
 def _placed(found: list[_Found]) -> list[AttentionSite]:

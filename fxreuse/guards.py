@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from .errors import InputError
-from .program import Guard, Leaf
+from .program import Guard, Leaf, fixed_size
 
 _SIZE = re.compile(r"L((?:\[[^\]]*\])+)\.size\(\)\[(\d+)\]")
 _SIMPLE = re.compile(r"size\(\"([^\"]*)\", (\d+)\) (==|!=|<=|>=|<|>) (-?\d+)")
@@ -46,8 +46,9 @@ def from_export(sources: Iterable[str], leaves: Sequence[tuple[Leaf, torch.Tenso
             guards.setdefault(guard.source, guard)
     for leaf, value in leaves:
         for dim, size in enumerate(value.shape):
-            if isinstance(size, int):
-                guard = make_guard(f'size("{leaf.name}", {dim}) == {size}')
+            number = fixed_size(size)
+            if number is not None:
+                guard = make_guard(f'size("{leaf.name}", {dim}) == {number}')
                 guards.setdefault(guard.source, guard)
     return tuple(guards.values())
 

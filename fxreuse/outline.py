@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from .program import module_stack
+from .program import fixed_size, module_stack
 
 
 @dataclasses.dataclass(eq=False)
@@ -182,6 +182,6 @@ def size_sources(inputs: Iterable[fx.Node]) -> Mapping[str, tuple[fx.Node, int]]
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
-                if not isinstance(size, int):
+                if fixed_size(size) is None:
                     sources.setdefault(str(size.node.expr), (node, dim))
     return sources

@@ -209,11 +209,19 @@ def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
             yield argument
 
 
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """A size as a number, or None where it is free. Export keeps a size that it fixed as a symbol with one value."""
+    if isinstance(size, int):
+        return size
+    known = size.node.maybe_as_int()
+    return None if known is None else int(known)
+
+
 def input_sizes(program: Program) -> dict[str, str]:
     """Which size of which input each symbol stands for: ``s70`` → ``input_ids.shape[1]``."""
     found: dict[str, str] = {}
     for leaf, node in zip(program.call.leaves, program.graph.find_nodes(op="placeholder"), strict=True):
         for dim, size in enumerate(node.meta["val"].shape):
-            if not isinstance(size, int):
+            if fixed_size(size) is None:
                 found.setdefault(str(size.node.expr), f"{leaf.name}.shape[{dim}]")
     return found

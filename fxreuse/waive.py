@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from . import guards as guarding
 from .inputs import Inputs
-from .program import Program
+from .program import Program, fixed_size
 
 
 def waive_single_values(program: Program, model: torch.nn.Module, inputs: Inputs) -> Program:
@@ -27,7 +27,7 @@ def waive_single_values(program: Program, model: torch.nn.Module, inputs: Inputs
     single = all(guarding.excludes_one_value(guard) for guard in excluding)
     if excluding and single and _agree(program, model, inputs):
         program.guards = tuple(guard for guard in program.guards if guard not in excluding)
-    free = all(not isinstance(n.meta["val"].shape[0], int) for n in program.graph.find_nodes(op="placeholder"))
+    free = all(fixed_size(n.meta["val"].shape[0]) is None for n in program.graph.find_nodes(op="placeholder"))
     if not free or len({t.shape[0] for t in tensors}) != 1:
         return program
     row = Inputs(*pytree.tree_map_only(torch.Tensor, lambda t: t[:1], (inputs.args, inputs.kwargs)))

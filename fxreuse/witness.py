@@ -83,11 +83,14 @@ def _next(nodes: Iterator[fx.Node], _: fx.Node) -> fx.Node:
 
 
 def _uncast(read: fx.Node, twin_read: fx.Node, twins: dict[fx.Node, fx.Node]) -> fx.Node:
-    cast = twins.get(read)
-    if read.target is _TO and cast is not None and cast.args[0] is twin_read:
-        source = read.args[0]
-        assert isinstance(source, fx.Node)
-        return source
+    """The value before a chain of casts that the twin reads, or what is read already."""
+    source = read
+    while source.target is _TO and (cast := twins.get(source)) is not None:
+        before = source.args[0]
+        assert isinstance(before, fx.Node)
+        if cast.args[0] is twin_read:
+            return before
+        source = before
     return read
 
 

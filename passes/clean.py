@@ -75,5 +75,5 @@ def _part_of_concatenation(node: fx.Node) -> fx.Node | None:
     rank = joined.meta["val"].dim()
     if axes[0] % rank != axes[1] % rank or len(parts) != argument(split, 1, "chunks"):
         return None
-    sizes = {part.meta["val"].shape[axes[0]] for part in parts}
+    sizes = {str(part.meta["val"].shape[axes[0]]) for part in parts}
     return parts[index] if len(sizes) == 1 else None

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxreuse.attention import AttentionSite
 from fxreuse.nodes import inserting_before, is_call, remove_dead, replace
-from fxreuse.program import Program, get_attribute, module_stack
+from fxreuse.program import Program, fixed_size, get_attribute, module_stack
 
 _aten = torch.ops.aten
 _MOVES = {
@@ -178,8 +178,9 @@ def _relayout(projection: _Projection, kept: _Kept) -> None:
 
 def _size(insert: Any, node: fx.Node, smaller: fx.Node, size: Any) -> Any:
     """A size as a number, or as a node that has it."""
-    if isinstance(size, int):
-        return size
+    number = fixed_size(size)
+    if number is not None:
+        return number
     wanted = str(size.node.expr)
     for candidate in node.graph.nodes:
         if candidate is node:
@@ -189,7 +190,7 @@ def _size(insert: Any, node: fx.Node, smaller: fx.Node, size: Any) -> Any:
             return candidate
     for source in _tensors_before(node):
         for dim, found in enumerate(source.meta["val"].shape):
-            if not isinstance(found, int) and str(found.node.expr) == wanted:
+            if fixed_size(found) is None and str(found.node.expr) == wanted:
                 return insert(_aten.sym_size.int, source, dim)
     raise AssertionError(f"no node has the size {wanted}")
 

@@ -8,6 +8,24 @@ from torch import fx
 from fxreuse.nodes import call, is_call
 from fxreuse.program import Program
 
+# Operators that may return a view of an argument although their schema does not say so.
+_MAY_ALIAS = {
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.contiguous.default,
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.device,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten.type_as.default,
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.flatten.using_ints,
+    torch.ops.aten.einsum.default,
+    torch.ops.aten.meshgrid.default,
+    torch.ops.aten.meshgrid.indexing,
+    torch.ops.aten.broadcast_tensors.default,
+    torch.ops.aten.atleast_1d.default,
+    torch.ops.aten.atleast_2d.default,
+    torch.ops.aten.atleast_3d.default,
+}
 _VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
@@ -72,16 +90,7 @@ def _is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return node.op == "call_function"
-    may_return_self = node.target in (
-        torch.ops.aten.reshape.default,
-        torch.ops.aten.contiguous.default,
-        torch.ops.aten.to.dtype,
-        torch.ops.aten.to.device,
-        torch.ops.aten.to.dtype_layout,
-        torch.ops.aten.dropout.default,
-        torch.ops.aten.flatten.using_ints,
-    )
-    return may_return_self or any(result.alias_info is not None for result in schema.returns)
+    return node.target in _MAY_ALIAS or any(result.alias_info is not None for result in schema.returns)
 
 
 def _is_shared(node: fx.Node) -> bool:

@@ -106,7 +106,7 @@ def test_has_the_originals_signature(model: nn.Module, small: nn.Module) -> None
     """Trainers read it to see which columns of a data set the model takes."""
     original, found = inspect.signature(model.forward), inspect.signature(small.forward)
     assert shape_of(found) == shape_of(original)
-    assert found == original
+    assert list(found.parameters.values()) == list(original.parameters.values())
 
 
 def test_by_position_and_by_keyword(model: nn.Module, structured: nn.Module) -> None:
@@ -139,7 +139,7 @@ def test_a_surplus_positional_argument_is_refused(small: nn.Module) -> None:
 
 def test_a_missing_argument_is_named(small: nn.Module, structured: nn.Module) -> None:
     assert "parts" in refuses(structured, x(), scale=0.5)
-    with pytest.raises((TypeError, fxreuse.InputError), match="'?x'?"):
+    with pytest.raises((TypeError, fxreuse.InputError), match=r"\bx\b"):
         small()
 
 
@@ -195,7 +195,7 @@ def test_gives_back_the_originals_structure(model: nn.Module, how: str) -> None:
     found, expected = small(**other), model(**other)
     if how == "dataclass":
         assert isinstance(found, Output)
-        found, expected = dataclasses.astuple(found), dataclasses.astuple(expected)
+        found, expected = (found.last, found.parts), (expected.last, expected.parts)
     assert_same(found, expected)
     if how == "tuple":
         assert found[1:] == (None, "text", 3)

@@ -102,7 +102,9 @@ def test_free_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "free", "noted"), [(OnlyStrict(), [[0, 1, 2]], False), (OnlyStatic(), [[]], True)], ids=["strict", "static"]
+    ("module", "free", "noted"),
+    [(OnlyStrict(), [[0, 1, 2]], False), (OnlyStatic(), [[]], True)],
+    ids=["strict", "static"],
 )
 def test_the_next_way_is_taken(module: nn.Module, free: list[list[int]], noted: bool) -> None:
     x = torch.randn(X)
@@ -126,7 +128,9 @@ def test_where_nothing_works_the_line_at_fault_is_named() -> None:
     assert caught.value.__cause__ is not None
 
 
-@pytest.mark.parametrize(("table", "given", "dim"), [((2, 1), (2, 7), 0), ((1, 7), (2, 7), 1), ((3, 1, 1), (3, 4, 5), 0)])
+@pytest.mark.parametrize(
+    ("table", "given", "dim"), [((2, 1), (2, 7), 0), ((1, 7), (2, 7), 1), ((3, 1, 1), (3, 4, 5), 0)]
+)
 def test_a_batch_or_length_that_was_fixed_is_noted(table: Any, given: Any, dim: int) -> None:
     program = capture(Table(*table), torch.randn(given))
     assert dim not in free_dims(program)[0]
@@ -144,11 +148,20 @@ def test_a_batch_of_one_stays_free_and_inputs_are_left_alone(batch: int) -> None
     assert x.shape == kept.shape
     assert torch.equal(x, kept)
     assert x.grad is None
+    assert x.requires_grad
+    assert vars(x) == {}, "export leaves marks on the tensors that it is given"
 
 
 @pytest.mark.parametrize(
     ("shapes", "wide"),
-    [([(1, 5)], 2), ([(1, 2), (1, 3)], 4), ([(2, 5)], 2), ([(3, 3)], 4), ([(1, 5), (4, 5)], None), ([(1, 5), ()], None)],
+    [
+        ([(1, 5)], 2),
+        ([(1, 2), (1, 3)], 4),
+        ([(2, 5)], 2),
+        ([(3, 3)], 4),
+        ([(1, 5), (4, 5)], None),
+        ([(1, 5), ()], None),
+    ],
 )
 def test_widened_batch(shapes: list[tuple[int, ...]], wide: int | None) -> None:
     tensors = [torch.randn(shape) for shape in shapes]

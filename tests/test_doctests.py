@@ -37,7 +37,6 @@ def test_every_package_is_looked_at(package: ModuleType) -> None:
     assert len(modules(package)) > 5
 
 
-
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_examples(name: str) -> None:
     report: list[str] = []

@@ -185,7 +185,9 @@ def test_a_layer_can_be_called_by_itself(stored: tuple) -> None:
     assert not torch.equal(layer(args[0] + 1, *args[1:]), result)
 
 
-@pytest.mark.parametrize("path", ["encoder.layer.1", "encoder.layer.1.attention.self.value", "encoder.layer.0.output.dense"])
+@pytest.mark.parametrize(
+    "path", ["encoder.layer.1", "encoder.layer.1.attention.self.value", "encoder.layer.0.output.dense"]
+)
 def test_hooks_fire_and_count(stored: tuple, path: str) -> None:
     _, small, inputs = stored
     part, order = small.get_submodule(path), []
@@ -240,7 +242,7 @@ def test_non_persistent_buffers_stay_so(stored: tuple) -> None:
 
 
 def test_a_repeated_module_is_called_layer_by_layer(repeated: tuple) -> None:
-    model, small, inputs = repeated
+    _, small, inputs = repeated
     path = "encoder.albert_layer_groups.0.albert_layers.0"
     assert [target for target in calls(small) if target.startswith(path)] == [f"{path}@{i}" for i in range(4)]
     hidden, attention = (2, 7, 16), (2, 2, 7, 7)
@@ -349,6 +351,7 @@ def test_every_module_keeps_its_mode() -> None:
     common = found.keys() & modes.keys()
     assert {"", "encoder.layer.1", "encoder.layer.2.output.dropout", "encoder.layer.3"} <= common
     assert {path: found[path] for path in common} == {path: modes[path] for path in common}
-    own = {path: mode for path, mode in found.items() if path not in modes}  # dropout of fused attention
-    assert own
-    assert [path for path, mode in own.items() if mode == path.startswith("encoder.layer.1.")] == []
+    added = randomise(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)).train()
+    added.layers[1].eval()
+    small = fxreuse.apply(added, "1x*", torch.randn(2, 5, 16))
+    assert [small.layers[i].self_attn.dropout_p.training for i in range(2)] == [True, False]

@@ -83,9 +83,7 @@ def test_input_inside_a_structure() -> None:
 
 
 def test_batch_of_one_is_waived_where_the_model_agrees() -> None:
-    config = hf.GPT2Config(
-        vocab_size=99, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
-    )
+    config = hf.GPT2Config(vocab_size=99, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     program = load_program(hf.GPT2Model(config), {"input_ids": torch.zeros(2, 7, dtype=torch.long)})
     mentioning = [guard for guard in program.guards if ("input_ids", 0) in guard.sizes()]
     assert mentioning, "without a guard on the batch this test says nothing"
