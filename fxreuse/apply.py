@@ -113,7 +113,8 @@ def keep_leaders(program: Program, decisions: Sequence[Decision], sites: Attenti
     kept = [site.layer_path for site in sites if str(site) in leading and site.layer_path in program.layerdrop]
     if not kept:
         return program
-    text = f"LayerDrop never drops the {len(kept)} layers whose attention map others use"
+    layers = "the layer" if len(kept) == 1 else f"the {len(kept)} layers"
+    text = f"LayerDrop never drops {layers} whose attention map others use"
     return dataclasses.replace(
         program,
         layerdrop={path: p for path, p in program.layerdrop.items() if path not in kept},

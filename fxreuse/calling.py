@@ -28,6 +28,8 @@ def make_forward(module: Rewritten, convention: CallingConvention, name: str) ->
     seen = {argument.name: argument for argument in convention.arguments}
     scope: dict[str, Any] = {"_owner": weakref.ref(module), "_leaves": _leaves, "_refuse": _refuse, "_model": name}
     scope |= {"_refuse_all": _refuse_all, "_accepted": convention.accepted}
+    extra = {name: f"_extra{i}" for i, name in enumerate(seen) if name not in signature.parameters}
+    scope |= {key: seen[name] for name, key in extra.items()}
     parameters, lines = [], []
     keyword_only = False
     for index, parameter in enumerate(signature.parameters.values()):
@@ -42,6 +44,10 @@ def make_forward(module: Rewritten, convention: CallingConvention, name: str) ->
         if argument is not None:
             lines.append(f"    leaves += _leaves(_model, _argument{index}, {parameter.name})")
         elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if parameter.kind is parameter.VAR_KEYWORD:
+                lines += [
+                    f"    leaves += _leaves(_model, {k}, {parameter.name}.pop({n!r}, None))" for n, k in extra.items()
+                ]
             lines.append(f"    _refuse_all(_model, {parameter.name}, _accepted)")
         else:
             lines.append(f"    _refuse(_model, {parameter.name!r}, {parameter.name}, _accepted{index})")
@@ -49,6 +55,8 @@ def make_forward(module: Rewritten, convention: CallingConvention, name: str) ->
         [f"def forward({', '.join(parameters)}):", "    leaves = ()", *lines, "    return _owner().run(leaves)"]
     )
     exec(source, scope)
+    annotated = {p.name: p.annotation for p in convention.parameters if p.annotation is not p.empty}
+    scope["forward"].__annotations__ = annotated
     return scope["forward"]
 
 

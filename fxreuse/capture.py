@@ -19,7 +19,7 @@ from . import guards as guarding
 from .errors import CaptureError, InputError
 from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
-from .program import Argument, CallingConvention, Leaf, Program, fixed_size
+from .program import Argument, CallingConvention, Leaf, Program, fixed_size, kind_of
 from .record import Note
 from .training import probe
 from .untouched import untouched
@@ -250,7 +250,8 @@ def _dynamic_shapes(model: torch.nn.Module, inputs: Inputs) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return None
         image = leaf.ndim > 3 and leaf.is_floating_point() and leaf.shape[-1] not in lengths
-        return dict.fromkeys(range(min(leaf.ndim, 1) if image else leaf.ndim), Dim.AUTO)
+        dims = range(min(leaf.ndim, 1) if image else leaf.ndim)
+        return {dim: Dim.AUTO for dim in dims if leaf.ndim < 4 or leaf.shape[dim] != 1}
 
     return pytree.tree_map(free, bind(model, inputs))
 
@@ -285,7 +286,7 @@ def _to_program(
     return Program(
         module=module,
         call=conventions,
-        guards=guarding.from_export(getattr(exported, "_guards_code", ()), tensors),
+        guards=guarding.from_export(getattr(exported, "_guards_code", ()), tensors, exported.range_constraints, flat),
         name=name,
         non_persistent=non_persistent,
     )
@@ -296,7 +297,7 @@ def _arguments(bound: dict[str, Any]) -> tuple[Argument, ...]:
     for name, value in bound.items():
         with_paths, spec = pytree.tree_flatten_with_path(value)
         leaves = tuple(
-            Leaf(name + pytree.keystr(path), leaf.ndim) if isinstance(leaf, torch.Tensor) else leaf
+            Leaf(name + pytree.keystr(path), leaf.ndim, kind_of(leaf.dtype)) if isinstance(leaf, torch.Tensor) else leaf
             for path, leaf in with_paths
         )
         arguments.append(Argument(name, spec, leaves))
@@ -309,8 +310,10 @@ def _accepted(call: CallingConvention, model: torch.nn.Module) -> dict[str, tupl
     They are the default, and what a configuration (`model.config`) makes of None.
     """
     config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else {}
+    settings = config.to_dict() if isinstance(config, object) and hasattr(config, "to_dict") else {}
     accepted = {name: (None, value) for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    if "use_cache" in accepted:
+        accepted["use_cache"] = (None, False)
     for parameter in call.parameters:
         known = accepted.get(parameter.name, ()) if parameter.default is None else ()
         accepted[parameter.name] = (parameter.default, *known)

@@ -28,8 +28,10 @@ class Container(torch.nn.Module):
         return ", ".join(held)
 
 
-def container_for(original: torch.nn.Module | None) -> torch.nn.Module:
-    """An empty container that stands for a module; lists stay lists, so that they can be indexed."""
+def container_for(original: torch.nn.Module | None, plain: bool = False) -> torch.nn.Module:
+    """An empty container that stands for a module; lists stay lists, so that they can be indexed, unless ``plain``."""
+    if plain:
+        return Container(type(original).__name__)
     if isinstance(original, (torch.nn.ModuleList, torch.nn.Sequential)):
         return torch.nn.ModuleList()
     if isinstance(original, torch.nn.ModuleDict):

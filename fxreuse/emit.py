@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
 
 from .containers import container_for
-from .outline import Region, find_regions, schedule, size_sources
+from .outline import Region, find_regions, is_size, rebuild_size, schedule, size_sources
 from .program import Program
 from .record import Note, Record
 from .rewritten import Layer, Rewritten
@@ -56,7 +56,7 @@ def emit(program: Program, record: Record, layer_paths: Iterable[str], modes: di
 
 def _lost_layerdrop(program: Program, regions: list[Region]) -> list[Note]:
     """A note on every layer that the original skips at random and the result cannot."""
-    gates = {region.path for region in regions if len(region.outputs) == 1}
+    gates = {region.path for region in regions if region.can_be_skipped}
     remedy = "set the model's LayerDrop to 0, or keep the Python around its layers with target="
     lost = [(path, p) for path, p in program.layerdrop.items() if p > 0 and path not in gates]
     return [Note("training", path, f"LayerDrop ({p:g}) never skips this layer", remedy) for path, p in lost]
@@ -78,7 +78,7 @@ def _cut(program: Program, order: list[fx.Node | Region], names: dict[str, str])
             continue
         path = names[item.path]
         graph, reads = _layer_graph(item, own_parameters="@" not in path)
-        skipped = program.layerdrop.get(item.path) if len(item.outputs) == 1 else None
+        skipped = program.layerdrop.get(item.path) if item.can_be_skipped else None
         layers[path] = Layer(graph, _class_name(program, item.base), skipped)
         made = outer.call_module(path, tuple(values[node] for node in reads))
         made.meta["nn_module_stack"] = copy.copy(item.outputs[0].meta.get("nn_module_stack", {}))
@@ -87,6 +87,9 @@ def _cut(program: Program, order: list[fx.Node | Region], names: dict[str, str])
         for index, node in enumerate(item.outputs):
             values[node] = made if len(item.outputs) == 1 else outer.call_function(operator.getitem, (made, index))
             values[node].meta.update({key: value for key, value in node.meta.items() if key in ("val", "stack_trace")})
+    for node in outer.find_nodes(op="get_attr"):
+        if not node.users:
+            outer.erase_node(node)
     return outer, layers
 
 
@@ -104,19 +107,16 @@ def _layer_graph(region: Region, own_parameters: bool) -> tuple[fx.Graph, list[f
         and inside.issuperset(node.users)
     }
     sources = size_sources(node for node in region.inputs if node not in owned)
-    tensors = [node for node in region.inputs if node not in owned and not _is_size(node)]
-    sizes = [node for node in region.inputs if _is_size(node)]
+    tensors = [node for node in region.inputs if node not in owned and not is_size(node)]
+    sizes = [node for node in region.inputs if is_size(node)]
     values: dict[fx.Node, fx.Node] = {}
-    reads = [*tensors, *(node for node in sizes if str(node.meta["val"].node.expr) not in sources)]
+    reads = [*tensors, *(node for node in sizes if not rebuild_size(node, sources))]
     for index, node in enumerate(reads):
         made = graph.placeholder("hidden_states" if index == 0 else node.name)
         made.meta = copy.copy(node.meta)
         values[node] = made
     for node in sizes:
-        if node not in values:
-            source, dim = sources[str(node.meta["val"].node.expr)]
-            values[node] = graph.call_function(_SIZE, (values[source], dim))
-            values[node].meta = copy.copy(node.meta)
+        _size(graph, node, sources, values)
     for node in owned:
         values[node] = graph.get_attr(str(node.target)[len(prefix) :])
         values[node].meta = copy.copy(node.meta)
@@ -130,8 +130,18 @@ def _layer_graph(region: Region, own_parameters: bool) -> tuple[fx.Graph, list[f
     return graph, reads
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt)
+def _size(
+    graph: fx.Graph, node: fx.Node, sources: Mapping[str, tuple[fx.Node, int]], values: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """A size inside a layer: read off a tensor that the layer is given, or computed as in the outer graph."""
+    if node not in values:
+        source = sources.get(str(node.meta["val"].node.expr))
+        if source is not None:
+            values[node] = graph.call_function(_SIZE, (values[source[0]], source[1]))
+            values[node].meta = copy.copy(node.meta)
+        else:
+            values[node] = graph.node_copy(node, lambda argument: _size(graph, argument, sources, values))
+    return values[node]
 
 
 def _class_name(program: Program, path: str) -> str:
@@ -162,7 +172,8 @@ def _grow(
         if type(child) is not torch.nn.Module:
             made: torch.nn.Module = child
         else:
-            made = layers[full] if full in layers else container_for(program.originals.get(full))
+            holds_calls = any(layer.rpartition(".")[0] == full and "@" in layer for layer in layers)
+            made = layers[full] if full in layers else container_for(program.originals.get(full), plain=holds_calls)
             _grow(made, full, child, program, layers)
         here.add_module(name, made)
 

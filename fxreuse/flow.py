@@ -73,6 +73,8 @@ class Flow:
         if node in self.tokens:
             above = [node, written] if written in self.tokens else [node]
             self.tokens.add(written)
+            if self._meet(node, written) is written:
+                return
             self._place(written, above)
 
     def _reads_parameter(self, node: fx.Node) -> bool:

@@ -6,14 +6,18 @@ is silently another model.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from .errors import InputError
-from .program import Guard, Leaf, fixed_size
+from .errors import CaptureError, InputError
+from .program import Guard, Leaf, fixed_size, kind_of
 
+_UNBOUNDED = 2**31
+_WORDS_OF_GUARDS = {"size", "min", "max", "abs", "math", "or", "and", "not"}
 _SIZE = re.compile(r"L((?:\[[^\]]*\])+)\.size\(\)\[(\d+)\]")
 _SIMPLE = re.compile(r"size\(\"([^\"]*)\", (\d+)\) (==|!=|<=|>=|<|>) (-?\d+)")
 _SWAPPED = re.compile(r"(-?\d+) (==|!=|<=|>=|<|>) (size\(\"[^\"]*\", \d+\))")
@@ -31,40 +35,71 @@ _WORDS = {
 }
 
 
-def from_export(sources: Iterable[str], leaves: Sequence[tuple[Leaf, torch.Tensor]]) -> tuple[Guard, ...]:
-    """The guards of an export, each once: its own conditions, and one for every dimension that is a fixed number.
+def from_export(
+    sources: Iterable[str],
+    leaves: Sequence[tuple[Leaf, torch.Tensor]],
+    ranges: Mapping[Any, Any] | None = None,
+    flat: Sequence[Any] = (),
+) -> tuple[Guard, ...]:
+    """The guards of an export, each once: its own conditions, fixed dimensions, and bounds of free ones.
 
     Arguments:
         sources: conditions in the form that `torch.export` keeps them, ``"L['x'].size()[1] % 4 == 0"``.
         leaves: the tensor inputs with the fake tensors that stand for them in the graph.
+        ranges: the bounds of the symbols, as `torch.export.ExportedProgram.range_constraints` has them.
+        flat: all leaves of the call in order, constants among them, by which strict export names its inputs.
+
+    Raises:
+        CaptureError: for a condition that cannot be read.
     """
+    ranges = ranges or {}
     names = {leaf.name for leaf, _ in leaves}
-    guards: dict[str, Guard] = {}
-    for source in sources:
-        guard = _convert(source, names)
-        if guard is not None:
-            guards.setdefault(guard.source, guard)
+    guards = [_convert(source, names, flat) for source in sources]
     for leaf, value in leaves:
         for dim, size in enumerate(value.shape):
-            number = fixed_size(size)
-            if number is not None:
-                guard = make_guard(f'size("{leaf.name}", {dim}) == {number}')
-                guards.setdefault(guard.source, guard)
-    return tuple(guards.values())
+            guards += _bounds(f'size("{leaf.name}", {dim})', size, ranges)
+    return tuple({guard.source: guard for guard in guards}.values())
 
 
-def _convert(source: str, names: set[str]) -> Guard | None:
+def _bounds(name: str, size: int | torch.SymInt, ranges: Mapping[Any, Any]) -> list[Guard]:
+    """The guards of one dimension: that it is a fixed number, or between its bounds."""
+    number = fixed_size(size)
+    if number is not None:
+        return [make_guard(f"{name} == {number}")]
+    assert isinstance(size, torch.SymInt)
+    limits = ranges.get(size.node.expr)
+    if limits is None:
+        return []
+    guards = [make_guard(f"{name} >= {limits.lower}")] if limits.lower > 2 else []
+    return [*guards, make_guard(f"{name} <= {limits.upper}")] if limits.upper < _UNBOUNDED else guards
+
+
+def _convert(source: str, names: set[str], flat: Sequence[Any]) -> Guard:
+    """One condition of export.
+
+    Raises:
+        CaptureError: for a condition that cannot be read. It cannot be left out: the graph may hold under it only.
+    """
+
     def size(match: re.Match[str]) -> str:
-        keys = re.findall(r"\[([^\]]*)\]", match.group(1))
-        return f'size("{keys[0][1:-1] + "".join(f"[{key}]" for key in keys[1:])}", {match.group(2)})'
+        keys = [key.strip("'\"") for key in re.findall(r"\[([^\]]*)\]", match.group(1))]
+        if keys[0] == "flat_args" and isinstance(flat[int(keys[1])], Leaf):
+            return f'size("{flat[int(keys[1])].name}", {match.group(2)})'
+        rest = "".join(f"[{key}]" for key in re.findall(r"\[([^\]]*)\]", match.group(1))[1:])
+        return f'size("{keys[0]}{rest}", {match.group(2)})'
 
     converted = _SIZE.sub(size, source)
     converted = _CAP.sub(r"\1 <= \2", _MIRRORED_CAP.sub(r"\2 <= \1", converted))
     swapped = _SWAPPED.fullmatch(converted)
     if swapped:
         converted = f"{swapped.group(3)} {_MIRROR[swapped.group(2)]} {swapped.group(1)}"
-    if "L[" in converted or not all(name in names for name, _ in Guard(converted, "").sizes()):
-        return None
+    words = set(re.findall(r"[A-Za-z_]\w*", re.sub(r"\"[^\"]*\"", "", converted)))
+    unknown = [name for name, _ in Guard(converted, "").sizes() if name not in names]
+    if unknown or not words <= _WORDS_OF_GUARDS | set(dir(math)):
+        raise CaptureError(
+            f"export made the graph under a condition that cannot be checked at a call: {source}. "
+            "Next: capture only the part around the attentions with target='path.of.the.encoder'."
+        )
     return make_guard(converted)
 
 
@@ -82,12 +117,20 @@ def make_guard(source: str) -> Guard:
 
 
 def allow_batch_of_one(guards: Iterable[Guard], leaf: Leaf) -> tuple[Guard, ...]:
-    """The same guards, each of them waived where the batch (dimension 0 of ``leaf``) is 1 and it would forbid that."""
+    """The same guards, waived at a batch of 1 (dimension 0 of ``leaf``) where they forbid just that.
+
+    Those are the conditions on batches alone, and those that exclude one value (``batch * length != length``). Any
+    other condition that joins the batch with a length still has to hold at a batch of 1.
+    """
     one = f'size("{leaf.name}", 0) == 1'
     return tuple(
-        Guard(f"{one} or ({guard.source})", guard.text) if (leaf.name, 0) in guard.sizes() else guard
-        for guard in guards
+        Guard(f"{one} or ({guard.source})", guard.text) if _forbids_a_batch(guard) else guard for guard in guards
     )
+
+
+def _forbids_a_batch(guard: Guard) -> bool:
+    dims = {dim for _, dim in guard.sizes()}
+    return dims == {0} or (0 in dims and excludes_one_value(guard))
 
 
 def excludes_one_value(guard: Guard) -> bool:
@@ -96,7 +139,7 @@ def excludes_one_value(guard: Guard) -> bool:
     >>> excludes_one_value(make_guard('(size("x", 1) // 10) != 22')), excludes_one_value(make_guard('size("x", 1) > 1'))
     (True, False)
     """
-    return re.fullmatch(r"[^=<>!]*!= \(?-?\d+\)?", guard.source) is not None
+    return re.fullmatch(r"[^=<>!%]*!= [^=<>!%]*", guard.source) is not None
 
 
 def holds(guard: Guard, sizes: Mapping[tuple[str, int], int]) -> bool:
@@ -105,7 +148,7 @@ def holds(guard: Guard, sizes: Mapping[tuple[str, int], int]) -> bool:
     >>> holds(make_guard('size("x", 0) % 4 == 0'), {("x", 0): 8})
     True
     """
-    scope = {"size": lambda leaf, dim: sizes[leaf, dim], "max": max, "min": min}
+    scope = {"size": lambda leaf, dim: sizes[leaf, dim], "max": max, "min": min, "math": math, "abs": abs}
     return bool(eval(guard.source, {"__builtins__": {}}, scope))
 
 
@@ -119,6 +162,10 @@ def checker(guards: Sequence[Guard], leaves: Sequence[Leaf], name: str) -> Calla
     lines = [f"def check({arguments}):"]
     for index, leaf in enumerate(leaves):
         lines += [f"    if x{index}.dim() != {leaf.ndim}:", f"        raise fail_rank({index}, x{index}.dim())"]
+        lines += [
+            f"    if kind_of(x{index}.dtype) != {leaf.kind!r}:",
+            f"        raise fail_kind({index}, x{index}.dtype)",
+        ]
     for number, guard in enumerate(guards):
         condition = re.sub(
             r"size\(\"([^\"]*)\", (\d+)\)", lambda m: f"x{position[m.group(1)]}.size({m.group(2)})", guard.source
@@ -142,6 +189,13 @@ def checker(guards: Sequence[Guard], leaves: Sequence[Leaf], name: str) -> Calla
         leaf = leaves[index]
         return InputError(f"{name}: {leaf.name} must have {leaf.ndim} dimensions; found {found}.")
 
-    scope = {"fail": fail, "fail_rank": fail_rank}
+    def fail_kind(index: int, found: torch.dtype) -> InputError:
+        leaf = leaves[index]
+        return InputError(
+            f"{name}: {leaf.name} must be {leaf.kind}, as when the model was captured; found {found}. "
+            "Convert it, or apply the plan again with example_inputs of this kind."
+        )
+
+    scope = {"fail": fail, "fail_rank": fail_rank, "fail_kind": fail_kind, "kind_of": kind_of, "math": math}
     exec("\n".join(lines), scope)
     return scope["check"]  # type: ignore[return-value]

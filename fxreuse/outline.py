@@ -21,12 +21,14 @@ class Region:
     """The nodes of one layer call, and the names they are called by outside.
 
     ``path`` is the module call, ``nodes`` are in graph order, ``inputs`` and ``outputs`` have the hidden states first.
+    ``can_be_skipped`` says that the hidden states going in could stand for what comes out, as LayerDrop has it.
     """
 
     path: str
     nodes: list[fx.Node]
     inputs: list[fx.Node] = dataclasses.field(default_factory=list)
     outputs: list[fx.Node] = dataclasses.field(default_factory=list)
+    can_be_skipped: bool = False
 
     @property
     def base(self) -> str:
@@ -45,6 +47,10 @@ def find_regions(graph: fx.Graph, layer_paths: Iterable[str]) -> tuple[list[Regi
         region = regions.get(path)
         if region is None or not region.nodes:
             refused.setdefault(path, "no nodes of its own")
+            continue
+        foreign = _foreign_module(region)
+        if foreign is not None:
+            refused[path] = f"it calls {foreign}, which is not part of it"
             continue
         between = _between(region)
         if between is not None:
@@ -92,6 +98,12 @@ def _hoist_shared(graph: fx.Graph, regions: dict[str, Region]) -> None:
             shared.extend(argument for argument in node.all_input_nodes if argument in owner)
 
 
+def _foreign_module(region: Region) -> str | None:
+    """A module that a region calls and that lies elsewhere in the tree."""
+    called = (str(node.target) for node in region.nodes if node.op == "call_module")
+    return next((path for path in called if not path.startswith(f"{region.base}.")), None)
+
+
 def _between(region: Region) -> fx.Node | None:
     """A node outside the region that depends on it and feeds it."""
     inside = set(region.nodes)
@@ -121,13 +133,17 @@ def _set_interface(region: Region) -> None:
         return
     hidden_out = tensors[-1]
     region.outputs = [hidden_out, *(node for node in outputs if node is not hidden_out)]
-    hidden_in = _hidden_input(list(read), hidden_out)
+    hidden_in, only = _hidden_input(list(read), hidden_out)
+    region.can_be_skipped = only and len(region.outputs) == 1
     if hidden_in is not None:
         region.inputs = [hidden_in, *(node for node in read if node is not hidden_in)]
 
 
-def _hidden_input(read: list[fx.Node], hidden_out: fx.Node) -> fx.Node | None:
-    """Among what a region reads, the activation of the outgoing hidden states' shape that was computed last."""
+def _hidden_input(read: list[fx.Node], hidden_out: fx.Node) -> tuple[fx.Node | None, bool]:
+    """Among what a region reads, the activation of the outgoing hidden states' shape that was computed last.
+
+    Returns it, and whether it is the only one of that shape.
+    """
     shape = [str(size) for size in hidden_out.meta["val"].shape]
     activations = [
         node
@@ -138,7 +154,7 @@ def _hidden_input(read: list[fx.Node], hidden_out: fx.Node) -> fx.Node | None:
     ]
     same = [node for node in activations if [str(size) for size in node.meta["val"].shape] == shape]
     candidates = same or activations
-    return max(candidates) if candidates else None
+    return (max(candidates) if candidates else None), len(same) == 1
 
 
 def schedule(graph: fx.Graph, regions: list[Region]) -> list[fx.Node | Region] | Region:
@@ -175,6 +191,20 @@ def schedule(graph: fx.Graph, regions: list[Region]) -> list[fx.Node | Region] |
     return order
 
 
+def rebuild_size(node: fx.Node, sources: Mapping[str, tuple[fx.Node, int]]) -> bool:
+    """Whether a size can be computed inside a layer, from the sizes of the tensors that it is given."""
+    if str(node.meta["val"].node.expr) in sources:
+        return True
+    if node.op != "call_function" or node.target is torch.ops.aten.sym_size.int:
+        return False
+    return all(is_size(argument) and rebuild_size(argument, sources) for argument in node.all_input_nodes)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node's value is a size that is not a number."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
 def size_sources(inputs: Iterable[fx.Node]) -> Mapping[str, tuple[fx.Node, int]]:
     """Where a layer can read a size: the symbolic expression → (tensor input, dimension)."""
     sources: dict[str, tuple[fx.Node, int]] = {}
@@ -182,6 +212,6 @@ def size_sources(inputs: Iterable[fx.Node]) -> Mapping[str, tuple[fx.Node, int]]
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
-                if fixed_size(size) is None:
+                if isinstance(size, torch.SymInt) and fixed_size(size) is None:
                     sources.setdefault(str(size.node.expr), (node, dim))
     return sources

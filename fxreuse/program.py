@@ -55,10 +55,26 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A tensor among the inputs, by name: ``input_ids``, or ``inputs['x'][0]`` for one inside a structure."""
+    """A tensor among the inputs, by name: ``input_ids``, or ``inputs['x'][0]`` for one inside a structure.
+
+    ``kind`` is that of its numbers, ``"bool"``, ``"integer"``, ``"floating"`` or ``"complex"``: models branch on it (a
+    mask that is boolean, or added), so a call has to keep it. The width of the numbers is free.
+    """
 
     name: str
     ndim: int
+    kind: str = "floating"
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """The kind of a dtype's numbers.
+
+    >>> kind_of(torch.bfloat16), kind_of(torch.int64), kind_of(torch.bool)
+    ('floating', 'integer', 'bool')
+    """
+    if dtype == torch.bool:
+        return "bool"
+    return "complex" if dtype.is_complex else "floating" if dtype.is_floating_point else "integer"
 
 
 @dataclasses.dataclass(frozen=True)

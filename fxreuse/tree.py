@@ -50,6 +50,7 @@ def own_copy(module: torch.nn.Module) -> torch.nn.Module:
             twin.__dict__[key] = type(value)()
     for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         twin.__dict__[key] = copy.copy(module.__dict__[key])
+    twin.__dict__.pop("forward", None)
     twin.training = False
     return twin
 

@@ -69,6 +69,8 @@ def _product(
 
 def _split_sum(site: AttentionSite, node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The term of a sum that leads to the product of queries and keys, and the other one."""
+    if argument(node, 2, "alpha", 1) != 1:
+        raise _refusal(site, node, "a term of the sum has a factor of its own (alpha)")
     terms = [term for term in node.args[:2] if isinstance(term, fx.Node)]
     leading = [term for term in terms if _leads_to_product(term, node.meta["val"].shape)]
     if len(terms) != 2 or len(leading) != 1:

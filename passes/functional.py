@@ -57,7 +57,7 @@ def functionalise(program: Program) -> Program:
             continue
         target = node.args[0]
         later = [user for user in target.users if user is not node and order[user] > order[node]]
-        if _is_shared(target) or any(_is_view(user) for user in target.users if user is not node):
+        if _is_shared(target) or any(may_alias(user) for user in target.users if user is not node):
             continue
         with program.graph.inserting_before(node):
             made = call(program.graph, functional, node.args, dict(node.kwargs), like=node)
@@ -85,7 +85,7 @@ def _functional_form(node: fx.Node) -> torch._ops.OpOverload | None:
     return getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
 
 
-def _is_view(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
     """Whether the value of a node shares its storage with an argument, as far as its schema says."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
@@ -94,4 +94,4 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _is_shared(node: fx.Node) -> bool:
-    return node.op != "call_function" or _is_view(node)
+    return node.op != "call_function" or may_alias(node)

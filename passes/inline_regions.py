@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from fxreuse.nodes import inserting_before, is_call
-from fxreuse.program import Program, get_attribute
+from fxreuse.program import Program, get_attribute, module_path
 from fxreuse.record import Note
 
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -44,7 +44,10 @@ def inline_regions(program: Program) -> Program:
                 changed = True
             elif is_call(node, _AUTOCAST):
                 _, _, enabled, _, region, *inputs = node.args
-                if not enabled:
+                if enabled:
+                    text = "runs inside an autocast region of its own in the original, but not here"
+                    notes.append(Note("capture", module_path(node) or program.name, text, "run all of it in autocast"))
+                else:
                     notes += _keep_outside_autocast(program, region)
                 _inline(program, node, region, inputs, detach=False)
                 changed = True

@@ -42,8 +42,8 @@ class Materializer:
         fused = Fused.of(node)
         with inserting_before(node) as insert:
             key = self._per_query_head(node, fused.query, fused.key)
-            scores = insert(_aten.matmul.default, fused.query, insert(_aten.transpose.int, key, -2, -1))
-            scores = insert(_aten.mul.Tensor, scores, fused.factor)
+            query = insert(_aten.mul.Tensor, fused.query, fused.factor)  # before the product: half precision is narrow
+            scores = insert(_aten.matmul.default, query, insert(_aten.transpose.int, key, -2, -1))
             softmax = _aten.softmax.int
             if fused.is_causal:
                 keep = self._lower_triangle(node, fused)

@@ -58,6 +58,9 @@ def _cast_dtype_only(node: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     dtype = node.args[2] if node.target is torch.ops.aten.to.device else node.kwargs.get("dtype")
     own = source.meta["val"].dtype
+    if node.kwargs.get("copy") or (node.target is torch.ops.aten.to.device and len(node.args) > 4 and node.args[4]):
+        with inserting_before(node) as insert:
+            source = insert(torch.ops.aten.clone.default, source)
     if dtype in (None, own) and (node.meta.get(FOLLOWS) or not own.is_floating_point):
         replace(node, source)
         return

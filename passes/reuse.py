@@ -9,12 +9,13 @@ import torch
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import PlanError, UnsupportedError
-from fxreuse.nodes import remove_dead
+from fxreuse.nodes import argument, remove_dead
 from fxreuse.program import Program
 from fxreuse.record import Decision
 from fxreuse.tree import drop, reads
 
 from .cut_projections import cut_projections
+from .functional import may_alias
 from .materialize import Materializer
 from .recompute import Recomputer
 
@@ -48,7 +49,7 @@ def reuse(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[in
         PlanError: where a group's maps differ in shape or mask.
         UnsupportedError: where the lowering cannot express a site; the reason is named.
     """
-    _check_groups(sites, leaders)
+    _check_groups(program, sites, leaders)
     program = program.copy()
     before = reads(program)
     groups: dict[int, list[int]] = {}
@@ -91,8 +92,10 @@ def choose_lowering(program: Program, leader: AttentionSite, asked: str) -> tupl
     return "recompute", f"on {device} the fused kernel needs no map in memory"
 
 
-def _check_groups(sites: Sequence[AttentionSite], leaders: Sequence[int]) -> None:
+def _check_groups(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int]) -> None:
     for layer, leader in enumerate(leaders):
+        if layer == leader:
+            continue
         follower, source = sites[layer], sites[leader]
         shapes = [[str(size) for size in site.map_shape] for site in (source, follower)]
         if shapes[0] != shapes[1]:
@@ -107,8 +110,45 @@ def _check_groups(sites: Sequence[AttentionSite], leaders: Sequence[int]) -> Non
                 f"differently, {follower.mask!r} against {source.mask!r}. Layers by mask: {_by_mask(sites)}. "
                 "Choose groups within layers of one mask, with leaders=… if they alternate."
             )
+        layouts = [_layout(program, site) for site in (source, follower)]
+        if layouts[0] != layouts[1]:
+            raise UnsupportedError(
+                f"{follower} (layer {layer}) cannot use the map of {source} (layer {leader}): the model lays them out "
+                f"differently, {layouts[1]} against {layouts[0]}. Choose groups within layers of one layout."
+            )
+        for site in (source, follower):
+            _check_not_written(program, site)
         if source.kind != follower.kind:
             raise UnsupportedError(f"{follower} is {follower.kind} attention, but {source} is {source.kind} attention.")
+
+
+def _layout(program: Program, site: AttentionSite) -> str:
+    """The axes of a site's map in memory, and which of them is the softmax's."""
+    if site.fused:
+        return "×".join(str(size) for size in site.map_shape) + ", softmax over axis -1"
+    node = program.node(site.nodes.map)
+    value = node.meta["val"]
+    dim = argument(node, 1, "dim") % value.dim() - value.dim()
+    return "×".join(str(size) for size in value.shape) + f", softmax over axis {dim}"
+
+
+def _check_not_written(program: Program, site: AttentionSite) -> None:
+    """A map that the model changes in place is not a value that others could read."""
+    if site.fused:
+        return
+    aliases = [program.node(site.nodes.map)]
+    for alias in aliases:
+        for user in alias.users:
+            schema = getattr(user.target, "_schema", None)
+            if schema is None or user.args[:1] != (alias,):
+                continue
+            if schema.is_mutable:
+                raise UnsupportedError(
+                    f"{site}: the model writes into its attention map in place ({user.name}: {user.target}), so other "
+                    "layers cannot share it. Write the change as a new tensor."
+                )
+            if may_alias(user) and user not in aliases:
+                aliases.append(user)
 
 
 def _by_mask(sites: Sequence[AttentionSite]) -> str:

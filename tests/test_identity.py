@@ -149,7 +149,7 @@ def test_in_double_precision(identity: Identity) -> None:
 
 
 def test_on_the_meta_device(identity: Identity) -> None:
-    expected = call_original(identity.model, identity.case.other_inputs)
+    expected = call_original(copy.deepcopy(identity.model), identity.case.other_inputs)
     rewritten = copy.deepcopy(identity.rewritten).to("meta")
     actual = named_tensors(call(rewritten, cast(identity.case.other_inputs, "meta")))
     assert {tensor.device.type for tensor in actual.values()} == {"meta"}
@@ -158,7 +158,7 @@ def test_on_the_meta_device(identity: Identity) -> None:
 
 
 def test_under_autocast(identity: Identity) -> None:
-    """On a copy: some models keep tables in whatever dtype they were last called with."""
+    """On a copy, and before any other call of that size: some models keep tables, of whatever dtype, for the next call."""
     model, inputs = copy.deepcopy(identity.model), identity.case.other_inputs
     with torch.autocast("cpu", torch.bfloat16):
         expected = call_original(model, inputs)
