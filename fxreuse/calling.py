@@ -45,9 +45,8 @@ def make_forward(module: Rewritten, convention: CallingConvention, name: str) ->
             lines.append(f"    leaves += _leaves(_model, _argument{index}, {parameter.name})")
         elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             if parameter.kind is parameter.VAR_KEYWORD:
-                lines += [
-                    f"    leaves += _leaves(_model, {k}, {parameter.name}.pop({n!r}, None))" for n, k in extra.items()
-                ]
+                taken = [(key, f"{parameter.name}.pop({name!r}, None)") for name, key in extra.items()]
+                lines += [f"    leaves += _leaves(_model, {key}, {value})" for key, value in taken]
             lines.append(f"    _refuse_all(_model, {parameter.name}, _accepted)")
         else:
             lines.append(f"    _refuse(_model, {parameter.name!r}, {parameter.name}, _accepted{index})")

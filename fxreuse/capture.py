@@ -113,10 +113,10 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
 
 
 def _unmarked(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Aliases of the inputs: export leaves marks on the tensors that it is given."""
+    """Aliases of the inputs, contiguous: export leaves marks on the tensors that it is given, and guards on strides."""
 
     def alias(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().requires_grad_(tensor.requires_grad)
+        return tensor.detach().contiguous().requires_grad_(tensor.requires_grad)
 
     return pytree.tree_map_only(torch.Tensor, alias, (inputs.args, dict(inputs.kwargs)))
 

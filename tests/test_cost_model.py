@@ -12,9 +12,6 @@ import pytest
 import sympy
 import torch
 import transformers
-from fxreuse.cost_model import Numbers, Summary, count, formula, macs_of, summarise
-from fxreuse.cost_model.einsum import einsum_macs
-from fxreuse.cost_model.solve import solve
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
@@ -22,6 +19,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxreuse
+from fxreuse.cost_model import Numbers, Summary, count, formula, macs_of, summarise
+from fxreuse.cost_model.einsum import einsum_macs
+from fxreuse.cost_model.solve import solve
 from fxreuse.errors import InputError, UnsupportedError
 from fxreuse.frontend import load_program
 from fxreuse.nodes import evaluate

@@ -14,7 +14,7 @@ import torch
 import fxreuse
 from fxreuse.reference import site_calls
 
-from .architectures import ARCHITECTURES, SAME_MODEL, Case
+from .architectures import ARCHITECTURES, SAME_MODEL, Case, randomise
 from .running import (
     assert_same,
     assert_same_gradients,
@@ -27,6 +27,7 @@ from .running import (
     seeded_step,
     snapshot,
 )
+from .strategies import Spec, Transformer
 
 NAMES = sorted(ARCHITECTURES.keys() - SAME_MODEL.keys())
 
@@ -158,7 +159,7 @@ def test_on_the_meta_device(identity: Identity) -> None:
 
 
 def test_under_autocast(identity: Identity) -> None:
-    """On a copy, and before any other call of that size: some models keep tables, of whatever dtype, for the next call."""
+    """On a copy, and before any other call of that size: some models keep tables for the next call, in any dtype."""
     model, inputs = copy.deepcopy(identity.model), identity.case.other_inputs
     with torch.autocast("cpu", torch.bfloat16):
         expected = call_original(model, inputs)
@@ -196,3 +197,25 @@ def test_is_random_in_training_mode_only(identity: Identity) -> None:
     assert not torch.equal(first(), first())
     rewritten.eval()
     assert torch.equal(first(), first())
+
+
+class Framed(torch.nn.Module):
+    """A convolution makes frames of samples, as in speech models, and a Transformer follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames = torch.nn.Conv1d(1, 8, 10, stride=5)
+        self.body = Transformer(Spec(heads=2, head_dim=4))
+
+    def forward(self, samples: torch.Tensor) -> torch.Tensor:
+        return self.body(self.frames(samples[:, None]).transpose(1, 2))
+
+
+@pytest.mark.parametrize("layout", ["slice", "transposed"])
+def test_example_inputs_lie_in_memory_as_they_like(layout: str) -> None:
+    model = randomise(Framed())
+    samples = torch.randn(2, 90)[:, :60] if layout == "slice" else torch.randn(60, 2).T
+    assert not samples.is_contiguous()
+    rewritten = fxreuse.apply(model, "1x*", samples)
+    for other in (samples, samples.contiguous(), torch.randn(3, 71)):
+        torch.testing.assert_close(rewritten(other), model(other))
