@@ -420,8 +420,17 @@ class TestOutlined:
         x = trace.call("norm", torch.nn.BatchNorm1d(4), trace.input(2, 4))
         assert count(trace.program(trace.call("dropout", torch.nn.Dropout(), x))).macs == 0
         trace = Tracer()
-        with pytest.raises(UnsupportedError, match="Linear at inner has weight matrices"):
-            count(trace.program(trace.call("inner", torch.nn.Linear(4, 4), trace.input(2, 4))))
+        with pytest.raises(UnsupportedError, match="GRUCell at inner has weight matrices"):
+            count(trace.program(trace.call("inner", torch.nn.GRUCell(4, 4), trace.input(2, 4))))
+
+    def test_linear_and_convolution_modules_cost_what_their_operators_do(self):
+        trace = Tracer()
+        linear = count(trace.program(trace.call("inner", torch.nn.Linear(4, 4), trace.input(2, 4))))
+        assert linear.macs_by_op == {"aten.linear": 2 * 4 * 4}
+        trace = Tracer()
+        convolution = torch.nn.Conv1d(4, 4, 3, padding=1, groups=2)
+        found = count(trace.program(trace.call("inner", convolution, trace.input(2, 4, 9))))
+        assert found.macs_by_op == {"aten.conv1d": 2 * 4 * 9 * (4 // 2) * 3}
 
 
 @contextmanager
@@ -455,8 +464,8 @@ def sizes_of(inputs: Any) -> dict[str, tuple[int, ...]]:
 
 MODELS = [
     "bert_dense", "bert_padded", "roberta_padded", "gpt2_dense", "llama_dense", "t5_encoder_dense", "bart_encoder",
-    "vit", "deit", "swin", "wav2vec2_dense", "hubert_dense", "wavlm_dense", "conformer_relative", "conformer_rotary",
-    "whisper_encoder", "torch_encoder_postnorm",
+    "vit", "deit", "swin", "wav2vec2_unmasked", "hubert_dense", "wavlm_unmasked", "conformer_relative",
+    "conformer_rotary", "whisper_encoder", "torch_encoder_postnorm",
 ]  # fmt: skip
 
 

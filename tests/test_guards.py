@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from fxreuse.errors import InputError
+from fxreuse.errors import CaptureError, InputError
 from fxreuse.frontend import load_program
 from fxreuse.guards import allow_batch_of_one, checker, from_export, holds, make_guard
 from fxreuse.program import Guard, Leaf, Program
@@ -18,7 +18,10 @@ X = (Leaf("x", 3),)
 
 
 def check(program: Program, *shapes: tuple[int, ...]) -> None:
-    checker(program.guards, program.call.leaves, program.name)(*(torch.zeros(shape) for shape in shapes))
+    leaves = program.call.leaves
+    dtypes = [torch.long if leaf.kind == "integer" else torch.float32 for leaf in leaves]
+    tensors = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    checker(program.guards, leaves, program.name)(*tensors)
 
 
 class ByLength(nn.Module):
@@ -134,11 +137,35 @@ def test_sentences(source: str, text: str) -> None:
 
 
 def test_what_export_says_becomes_data_once() -> None:
-    """Conditions on what is not an input are left out; a size that is a number is a condition; nothing comes twice."""
+    """A size that is a number is a condition; nothing comes twice."""
     fixed = [f'size("x", {dim}) == {size}' for dim, size in enumerate((2, 4, 6))]
-    sources = ["L['x'].size()[0] == 2", "L['self'].size()[1] == 7", "L['x'].size()[0] == 2"]
+    sources = ["L['x'].size()[0] == 2", "L['x'].size()[0] == 2"]
     guards = from_export(sources, [(X[0], torch.empty(2, 4, 6))])
     assert [guard.source for guard in guards] == fixed
+
+
+def test_strict_export_names_its_inputs_by_number() -> None:
+    sources = ["L['flat_args'][1].size()[0] % 4 == 0"]
+    guards = from_export(sources, [(X[0], torch.empty(2, 4, 6))], flat=(True, X[0]))
+    assert guards[0].source == 'size("x", 0) % 4 == 0'
+
+
+@pytest.mark.parametrize("source", ["L['self'].size()[1] == 7", "L['x'].stride()[0] == 24", "open('x') == 1"])
+def test_a_condition_that_cannot_be_checked_is_no_capture(source: str) -> None:
+    with pytest.raises(CaptureError, match="cannot be checked at a call"):
+        from_export([source], [(X[0], torch.empty(2, 4, 6))])
+
+
+def test_the_kind_of_numbers_has_to_stay() -> None:
+    run = checker((), (Leaf("mask", 2, "bool"),), "Model")
+    run(torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match=r"mask must be bool, as when the model was captured; found torch\.float32"):
+        run(torch.ones(2, 3))
+
+
+def test_a_condition_on_batch_and_length_stays_at_a_batch_of_one() -> None:
+    joint = make_guard('size("x", 0) * size("x", 1) % 4 == 0')
+    assert allow_batch_of_one((joint,), X[0]) == (joint,)
 
 
 def test_sizes_of_a_guard() -> None:
