@@ -79,7 +79,7 @@ def measure(name: str) -> dict[str, Any]:
             run[f"{kind}, eager"] = lambda module=module: module(*args, **kwargs)
             compiled = torch.compile(module, fullgraph=kind == "identity")
             run[f"{kind}, compiled"] = lambda compiled=compiled: compiled(*args, **kwargs)
-        timings = interleaved(run, seconds=20.0, rounds=15)
+        timings = interleaved(run, seconds=10.0, rounds=15)
     row: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

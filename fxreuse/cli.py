@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say to their developers
+        warnings.simplefilter("always", fxreuse.TrainingWarning)
         warnings.showwarning = _show_warning
         try:
             passed: bool = options.run(options)

@@ -230,12 +230,12 @@ class _Probe:
 
     def _note(self, modules: _Modules, problem: str, target: str) -> Note:
         path, kind = self.paths[modules[0]], type(modules[0]).__name__
-        count = f" ({len(modules)} modules)" if len(modules) > 1 else ""
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
         if target:
             remedy = f"capture only what holds the attentions with target={target!r}, so that this code stays as it is"
         else:
             remedy = "capture only a submodule without this code with target=, or do without what it does"
-        return Note("training", f"{path} ({kind})" if path else kind, f"{kind}{count} {problem}", remedy)
+        return Note("training", (f"{path} ({kind})" if path else kind) + more, problem, remedy)
 
 
 def _dropouts(evaluation: Flow, training: Flow) -> _Finding:
