@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from . import guards as guarding
 from .errors import CaptureError, InputError
+from .example_sizes import free_shapes, shorten, widen_batch
 from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
 from .program import Argument, CallingConvention, Leaf, Program, fixed_size, kind_of
@@ -99,7 +100,7 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
     ]
     errors = []
     for how, given, strict, free in ways[:attempts]:
-        shapes = _dynamic_shapes(model, given) if free else None
+        shapes = free_shapes(model, given) if free else None
         try:
             with warnings.catch_warnings(), _quiet_sizes():
                 warnings.simplefilter("ignore")
@@ -199,63 +200,6 @@ def caches_off(model: torch.nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def widen_batch(inputs: Inputs) -> Inputs:
-    """The same inputs with a batch of at least 2 that no other size equals: rows are repeated.
-
-    Export takes sizes of 1, and sizes that happen to be equal, for facts about the model.
-    """
-    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
-    batches = {leaf.shape[0] for leaf in leaves if leaf.ndim}
-    if len(batches) != 1 or any(leaf.ndim == 0 for leaf in leaves):
-        return inputs
-    (batch,) = batches
-    others = {size for leaf in leaves for size in leaf.shape[1:]}
-    wide = max(2, batch)
-    while wide in others:
-        wide += 1
-    if wide == batch:
-        return inputs
-
-    def repeat(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        rows = torch.arange(wide, device=leaf.device) % batch
-        return leaf.detach().index_select(0, rows).requires_grad_(leaf.requires_grad)
-
-    args, kwargs = pytree.tree_map(repeat, (inputs.args, inputs.kwargs))
-    return Inputs(args, kwargs)
-
-
-def shorten(inputs: Inputs) -> Inputs:
-    """The same inputs an eighth shorter: the second axis of matrices, and of whatever else is as long as they are."""
-    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
-    lengths = {leaf.shape[1] for leaf in leaves if leaf.ndim == 2}
-
-    def cut(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        for dim in range(1, leaf.ndim):
-            if leaf.shape[dim] in lengths:
-                leaf = leaf.narrow(dim, 0, max(2, leaf.shape[dim] - max(1, leaf.shape[dim] // 8)))
-        return leaf
-
-    return Inputs(*pytree.tree_map(cut, (inputs.args, inputs.kwargs)))
-
-
-def _dynamic_shapes(model: torch.nn.Module, inputs: Inputs) -> Any:
-    leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
-    lengths = {size for leaf in leaves if leaf.ndim in (1, 2, 3) for size in leaf.shape[1:]}
-
-    def free(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        image = leaf.ndim > 3 and leaf.is_floating_point() and leaf.shape[-1] not in lengths
-        dims = range(min(leaf.ndim, 1) if image else leaf.ndim)
-        return {dim: Dim.AUTO for dim in dims if leaf.ndim < 4 or leaf.shape[dim] != 1}
-
-    return pytree.tree_map(free, bind(model, inputs))
-
-
 def _to_program(
     exported: ExportedProgram, bound: dict[str, Any] | None, signature: inspect.Signature | None, name: str
 ) -> Program:
@@ -310,7 +254,8 @@ def _accepted(call: CallingConvention, model: torch.nn.Module) -> dict[str, tupl
     They are the default, and what a configuration (`model.config`) makes of None.
     """
     config = getattr(model, "config", None)
-    settings = config.to_dict() if isinstance(config, object) and hasattr(config, "to_dict") else {}
+    to_dict = getattr(config, "to_dict", None)
+    settings = to_dict() if to_dict is not None else {}
     accepted = {name: (None, value) for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
     if "use_cache" in accepted:
         accepted["use_cache"] = (None, False)

@@ -13,8 +13,9 @@ import transformers as hf
 from torch import nn
 from torch.export import Dim
 
-from fxreuse.capture import capture, widen_batch
+from fxreuse.capture import capture
 from fxreuse.errors import CaptureError, InputError
+from fxreuse.example_sizes import widen_batch
 from fxreuse.frontend import load_program
 from fxreuse.inputs import Inputs
 from fxreuse.program import Leaf, Program
