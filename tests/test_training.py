@@ -376,7 +376,7 @@ class Host(nn.Module):
         ("auxiliary loss", "calls pow, mean"),
         ("noise", "calls randn_like, add"),
         ("dropout", "applies dropout with probability 0.1"),
-        ("failure", "Host could not be run in training mode: RuntimeError: no labels"),
+        ("failure", "could not be run in training mode: RuntimeError: no labels"),
         ("detached", "calls detach"),
         ("no gradient", "calls _set_grad_enabled with other arguments"),
         ("another parameter", "calls mul with other arguments"),
