@@ -1,4 +1,4 @@
-"""The index forms of a whole graph, read off in one walk from the inputs to the outputs.
+"""The index forms of a graph: what is known of a node, from what is known of its operands.
 
 Values of inputs, parameters and buffers are data and stay unknown; so does the result of every operator that is not
 in the tables of `index_elementwise`, `index_layout` and `index_series`. What is left is what masks are made of.
@@ -7,7 +7,7 @@ in the tables of `index_elementwise`, `index_layout` and `index_series`. What is
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import fx
@@ -24,28 +24,43 @@ _HIDDEN_ALIASES = frozenset((torch.ops.aten.type_as, torch.ops.aten.dropout, tor
 
 
 class IndexForms(Mapping[fx.Node, Value]):
-    """What an element of each tensor of a graph is, by node. Immutable: a changed graph needs new ones."""
+    """What an element of each tensor of a graph is, by node, worked out when asked for.
+
+    Nodes may be added to the graph, but none that writes into another's memory; none may be changed.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.bounds = SizeBounds.of(graph)
+        self._graph = graph
         self._written = written_tensors(graph)
         self._values: dict[fx.Node, Value] = {}
-        for node in graph.nodes:
-            if is_tensor(node):
-                self._values[node] = self._evaluate(node)
 
     def __getitem__(self, node: fx.Node) -> Value:
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            missing = [o for o in current.all_input_nodes if o not in self._values and is_tensor(o)]
+            if missing and current not in self._values and self._reads(current):
+                pending.extend(missing)
+                continue
+            pending.pop()
+            if current not in self._values:
+                self._values[current] = self._evaluate(current)
         return self._values[node]
 
     def __iter__(self) -> Iterator[fx.Node]:
-        return iter(self._values)
+        return (node for node in self._graph.nodes if is_tensor(node))
 
     def __len__(self) -> int:
-        return len(self._values)
+        return sum(1 for _ in self)
 
     def written(self, node: fx.Node) -> bool:
         """Whether some operator writes into the memory of a node's tensor."""
         return node in self._written
+
+    def _reads(self, node: fx.Node) -> bool:
+        """Whether what is known of a node comes from what is known of its operands."""
+        return node not in self._written and _handler(node) is not None
 
     def _evaluate(self, node: fx.Node) -> Value:
         if node.op != "call_function":
@@ -53,14 +68,18 @@ class IndexForms(Mapping[fx.Node, Value]):
             return Unknown(f"{kind} {node.target}")
         if node in self._written:
             return Unknown(f"{node.name} is written to in place")
-        target = node.target
-        handler = HANDLERS.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
+        handler = _handler(node)
         if handler is None:
-            return Unknown(f"the result of {target}")
+            return Unknown(f"the result of {node.target}")
         dtype = node.meta["val"].dtype
         if dtype not in (torch.bool, torch.int64) and not dtype.is_floating_point:
             return Unknown(f"elements of {dtype}")
         return handler(Call.of(node, self._values, self.bounds))
+
+
+def _handler(node: fx.Node) -> Callable[[Call], Value] | None:
+    target = node.target
+    return HANDLERS.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
 
 
 def written_tensors(graph: fx.Graph) -> frozenset[fx.Node]:

@@ -3,103 +3,253 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxreuse.addends import constant
 from fxreuse.attention import AttentionSite
+from fxreuse.axes import Layout, Part, sizes, start
 from fxreuse.errors import UnsupportedError
-from fxreuse.nodes import argument, inserting_before, is_call
+from fxreuse.find import source_line
+from fxreuse.flow import Flow
+from fxreuse.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
+from fxreuse.scores import Scores, find_scores
+
+from .arrange import Term, without_ones
 
 _aten = torch.ops.aten
-_PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
+
+#: Views that move axes and lose nothing; the others of `VIEWS` take a part, or cut the gradient.
+MOVES = VIEWS - {_aten.slice, _aten.narrow, _aten.select, _aten.alias, _aten.detach}
+#: Copies and casts.
+COPIES = frozenset({
+    _aten.clone, _aten.contiguous, _aten.alias, _aten.lift_fresh_copy, _aten.to, _aten._to_copy, _aten.type_as,
+}) & SAME_VALUE  # fmt: skip
+
+_PRODUCTS = (_aten.mul, _aten.multiply)
+_QUOTIENTS = (_aten.div, _aten.divide, _aten.true_divide)
+_DIFFERENCES = (_aten.sub, _aten.subtract, _aten.rsub)
+
+#: From here downwards a score that replaces another one leaves it no weight, at any score that a model has.
+HIDDEN = -1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A tensor that scores are multiplied with, or divided by."""
+
+    term: Term
+    divides: bool
+
+    def apply(self, insert: Any, node: fx.Node, factor: fx.Node) -> fx.Node:
+        """``node`` with the factor, whose dimensions are in the order of the node's by now."""
+        return insert(_aten.div.Tensor if self.divides else _aten.mul.Tensor, node, factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Addend:
+    """A tensor that is added to the scores, times a number and factors."""
+
+    term: Term
+    number: float
+    factors: tuple[Factor, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Scores replaced by ``fill``, minus infinity or a huge negative number, where the condition is ``hides``."""
+
+    condition: Term
+    hides: bool
+    fill: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """scores = scale · query · keyᵀ + bias, with ``query`` (…, queries, width) and ``key`` (…, keys, width)."""
+    """scores = (number · Π factors) · QKᵀ + Σ addends, then replaced where a selection hides them.
 
-    query: fx.Node
-    key: fx.Node
-    scale: float
-    bias: fx.Node | None
-    is_causal: bool = False
-    enable_gqa: bool = False
+    ``layout`` is that of the softmax's input, in the labels of the product of queries and keys.
+    """
+
+    scores: Scores
+    layout: Layout
+    number: float
+    factors: tuple[Factor, ...]
+    addends: tuple[Addend, ...]
+    selections: tuple[Selection, ...]
+    layouts: tuple[Layout, ...]
 
 
-def affine_scores(site: AttentionSite, softmax: fx.Node) -> Affine:
+def affine_scores(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Affine:
     """The affine form of an unfused site's scores.
 
-    Followed are products, sums with one term that has no product, and factors that are numbers.
+    Followed from the product to the softmax: views, casts, factors, sums, and selections (``where``, ``masked_fill``)
+    that leave nothing of a score.
 
     Raises:
-        UnsupportedError: where the scores are anything else (a tanh soft-cap, say); the operator is named.
+        UnsupportedError: where the scores are anything else (a tanh soft-cap, say); the operator and its line are named.
     """
-    scores = softmax.args[0]
-    assert isinstance(scores, fx.Node)
-    scale, bias = 1.0, None
-    node = scores
-    while not is_call(node, *_PRODUCTS):
-        if is_call(node, _aten.baddbmm.default):
-            alpha, beta = argument(node, 4, "alpha", 1), argument(node, 3, "beta", 1)
-            bias = _plus(softmax, bias, _times(softmax, node.args[0], scale * beta))  # type: ignore[arg-type]
-            return _product(site, softmax, node.args[1], node.args[2], scale * alpha, bias)  # type: ignore[arg-type]
-        if is_call(node, _aten.mul.Tensor, _aten.mul.Scalar) and isinstance(node.args[1], (int, float)):
-            scale *= node.args[1]
-        elif is_call(node, _aten.div.Tensor, _aten.div.Scalar) and isinstance(node.args[1], (int, float)):
-            scale /= node.args[1]
-        elif is_call(node, _aten.add.Tensor):
-            node, added = _split_sum(site, node)
-            bias = _plus(softmax, bias, _times(softmax, added, scale))
-            continue
+    scores = find_scores(softmax, arguments(softmax)["dim"], flow)
+    assert not isinstance(scores, str), scores  # it was found before
+    reader = _Reader(site, scores, flow)
+    for operand, node in itertools.pairwise(scores.spine):
+        reader.step(node, operand)
+    return reader.result()
+
+
+class _Reader:
+    """What the value of a node on the way from the product to the softmax is, node by node."""
+
+    def __init__(self, site: AttentionSite, scores: Scores, flow: Flow) -> None:
+        self._site, self._scores, self._flow = site, scores, flow
+        self._layout = start(scores.product.node, scores.product.axes)
+        self._layouts = [self._layout]
+        self._number = 1.0
+        self._factors: list[Factor] = []
+        self._addends: list[Addend] = []
+        self._selections: list[Selection] = []
+        self._fresh = itertools.count()
+        product = scores.product
+        if product.addend is not None:
+            named = arguments(product.node)
+            self._number = float(named["alpha"])
+            self._add(product.addend, float(named["beta"]))
+
+    def result(self) -> Affine:
+        return Affine(
+            self._scores,
+            without_ones(self._layout),
+            self._number,
+            tuple(self._factors),
+            tuple(self._addends),
+            tuple(self._selections),
+            tuple(self._layouts),
+        )
+
+    def step(self, node: fx.Node, operand: fx.Node) -> None:
+        """From the value of ``operand`` to that of ``node``, which reads it."""
+        op = packet(node)
+        if op in MOVES:
+            self._move(node, operand)
+            return
+        if op in COPIES and operand is node.args[0]:
+            return
+        if node.all_input_nodes.count(operand) != 1 or node.op != "call_function" or list(node.args).count(operand) > 1:
+            raise self._refusal(node)
+        self._broadcast(node, operand)
+        named = arguments(node)
+        if op is _aten.neg:
+            self._scale(node, -1.0)
+        elif op in _PRODUCTS or (op in _QUOTIENTS and operand is node.args[0] and not named.get("rounding_mode")):
+            self._scale(node, named["other"] if operand is node.args[0] else named["self"], op in _QUOTIENTS)
+        elif op is _aten.add or op in _DIFFERENCES:
+            self._sum(node, operand, named)
+        elif op in (_aten.masked_fill, _aten.where):
+            self._select(node, operand, named)
         else:
-            raise _refusal(site, node, "the scores are not affine in the product of queries and keys")
-        node = node.args[0]  # type: ignore[assignment]
-    return _product(site, softmax, node.args[0], node.args[1], scale, bias)  # type: ignore[arg-type]
+            raise self._refusal(node)
+
+    def _move(self, node: fx.Node, operand: fx.Node) -> None:
+        layout = transfer(node, operand, self._layout, self._flow.program)
+        if layout is None:
+            raise self._refusal(node, "the axes of its scores cannot be followed")
+        self._layout = tuple(tuple(self._named(part) for part in dim) for dim in layout)
+        self._layouts.append(self._layout)
+
+    def _broadcast(self, node: fx.Node, operand: fx.Node) -> None:
+        """The layout at an elementwise operator: other dimensions in front, and for those of size 1."""
+        before, after = sizes(operand), sizes(node)
+        extra = len(after) - len(before)
+        aligned = (*((),) * extra, *self._layout)
+        pairs = zip(aligned, (*(1,) * extra, *before), after, strict=True)
+        self._layout = tuple(
+            (self._named(Part(None, new)),) if old == 1 and new != 1 else dim for dim, old, new in pairs
+        )
+        self._layouts.append(self._layout)
+
+    def _named(self, part: Part) -> Part:
+        """An axis that the product does not have, under a name of its own."""
+        source = ("broadcast", next(self._fresh)) if part.source is None and part.size != 1 else part.source
+        return dataclasses.replace(part, source=source)
+
+    def _term(self, node: fx.Node) -> Term:
+        """A tensor that is combined element by element with the scores, as they are now."""
+        own = sizes(node)
+        dims = self._layout[len(self._layout) - len(own) :]
+        return Term(node, without_ones(tuple(() if size == 1 else dim for dim, size in zip(dims, own, strict=True))))
+
+    def _scale(self, node: fx.Node, by: Any, divides: bool = False) -> None:
+        number = self._as_number(by)
+        if self._selections and (number is None or number <= 0):
+            raise self._refusal(node, "its scores are masked first and scaled then")
+        if number is not None:
+            number = 1 / number if divides else number
+            self._number *= number
+            self._addends = [dataclasses.replace(a, number=a.number * number) for a in self._addends]
+            return
+        factor = Factor(self._term(by), divides)
+        self._factors.append(factor)
+        self._addends = [dataclasses.replace(a, factors=(*a.factors, factor)) for a in self._addends]
+
+    def _sum(self, node: fx.Node, operand: fx.Node, named: dict[str, Any]) -> None:
+        first, second = named["self"], named["other"]
+        alpha = float(named["alpha"])
+        weights = [1.0, alpha if packet(node) is _aten.add else -alpha]
+        if packet(node) is _aten.rsub:
+            weights = [-alpha, 1.0]
+        own, other = (0, 1) if operand is first else (1, 0)
+        if weights[own] != 1:
+            self._scale(node, weights[own])
+        self._add((first, second)[other], weights[other])
+
+    def _add(self, value: Any, weight: float) -> None:
+        """Something added to the scores; a number, the same for every key, does not change their softmax."""
+        if isinstance(value, fx.Node) and weight != 0:
+            self._addends.append(Addend(self._term(value), weight))
+
+    def _select(self, node: fx.Node, operand: fx.Node, named: dict[str, Any]) -> None:
+        if packet(node) is _aten.masked_fill:
+            condition, fill, hides = named["mask"], named["value"], True
+            carried = operand is named["self"]
+        else:
+            condition, hides = named["condition"], operand is named.get("other")
+            fill = named.get("self") if hides else named.get("other")
+            carried = hides or operand is named.get("self")
+        number = self._as_number(fill)
+        if not carried or number is None or not number <= HIDDEN:
+            what = "another tensor" if number is None else str(number)
+            raise self._refusal(node, f"it replaces scores by {what}, which does not rule them out")
+        self._selections.append(Selection(self._term(condition), hides, self._lowest(node, number)))
+
+    def _lowest(self, node: fx.Node, number: float) -> float:
+        """The fill as a number to which a score can be added without changing it."""
+        if math.isinf(number):
+            return number
+        return max(torch.finfo(node.meta["val"].dtype).min, torch.finfo(torch.float32).min)
+
+    def _as_number(self, value: Any) -> float | None:
+        """The number that a value is: none for a buffer, whose content is the model's state."""
+        if isinstance(value, (int, float)):
+            return float(value)
+        if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], torch.Tensor) or sizes(value):
+            return None
+        source = value
+        while packet(source) in COPIES:
+            source = source.args[0]  # type: ignore[assignment]
+        if source.op == "get_attr" and str(source.target) in dict(self._flow.program.module.named_buffers()):
+            return None
+        return constant(value, self._flow.program)
+
+    def _refusal(self, node: fx.Node, reason: str = "they go through an operator that is neither") -> UnsupportedError:
+        return refusal(self._site, node, f"needs scores of the form α·QKᵀ + β, but {reason}")
 
 
-def _product(
-    site: AttentionSite, softmax: fx.Node, query: fx.Node, transposed: fx.Node, scale: float, bias: fx.Node | None
-) -> Affine:
-    if query.meta["val"].dim() != transposed.meta["val"].dim():
-        raise _refusal(site, transposed, "queries and keys differ in rank")
-    with inserting_before(softmax) as insert:
-        return Affine(query, insert(_aten.transpose.int, transposed, -2, -1), scale, bias)
-
-
-def _split_sum(site: AttentionSite, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The term of a sum that leads to the product of queries and keys, and the other one."""
-    if argument(node, 2, "alpha", 1) != 1:
-        raise _refusal(site, node, "a term of the sum has a factor of its own (alpha)")
-    terms = [term for term in node.args[:2] if isinstance(term, fx.Node)]
-    leading = [term for term in terms if _leads_to_product(term, node.meta["val"].shape)]
-    if len(terms) != 2 or len(leading) != 1:
-        raise _refusal(site, node, "which term of the sum is the product of queries and keys is not plain")
-    return leading[0], next(term for term in terms if term is not leading[0])
-
-
-def _leads_to_product(node: fx.Node, shape: torch.Size) -> bool:
-    while is_call(node, _aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar, _aten.add.Tensor):
-        node = node.args[0]  # type: ignore[assignment]
-    return is_call(node, *_PRODUCTS, _aten.baddbmm.default) and len(node.meta["val"].shape) == len(shape)
-
-
-def _times(before: fx.Node, node: fx.Node, factor: float) -> fx.Node:
-    if factor == 1:
-        return node
-    with inserting_before(before) as insert:
-        return insert(_aten.mul.Tensor, node, factor)
-
-
-def _plus(before: fx.Node, one: fx.Node | None, other: fx.Node) -> fx.Node:
-    if one is None:
-        return other
-    with inserting_before(before) as insert:
-        return insert(_aten.add.Tensor, one, other)
-
-
-def _refusal(site: AttentionSite, node: fx.Node, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{site}: lowering=recompute needs scores of the form α·QKᵀ + β, but {reason} ({node.name}: {node.target}). "
-        "Use lowering=materialize for this stack."
-    )
+def refusal(site: AttentionSite, node: fx.Node, reason: str) -> UnsupportedError:
+    """The error that ``lowering=recompute`` cannot express a site, with the node at fault and its line."""
+    line = source_line(node)
+    where = f"{node.name}: {node.target}" + (f", {line}" if line else "")
+    return UnsupportedError(f"{site}: lowering=recompute {reason} ({where}). Use lowering=materialize for this stack.")

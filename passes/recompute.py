@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,15 +10,24 @@ from torch import fx
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
+from fxreuse.flow import Flow
+from fxreuse.index_call import same_size, sizes_of
+from fxreuse.mask_proof import MaskProver
 from fxreuse.modules import DropoutProbability
-from fxreuse.nodes import inserting_before, is_call, replace
+from fxreuse.nodes import inserting_before, is_effect, replace
 from fxreuse.program import Program, module_path
 from fxreuse.tree import free_path, place
+from fxreuse.value_numbers import ValueNumbers
 
-from .affine import Affine, affine_scores
+from .affine import refusal
+from .arrange import Arranger, Insert, Term, UnclearAxes
+from .consumers import Consumer, fused_consumer, read_consumer
+from .even_widths import even_widths
 from .fused import OPERATOR, Fused
+from .operands import Attention, Operands, fused_attention, unfused_attention
+from .pinned import is_pinned
 
-_CONTRACTIONS = (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default)
+_aten = torch.ops.aten
 
 
 class Recomputer:
@@ -26,63 +36,149 @@ class Recomputer:
     def __init__(self, program: Program) -> None:
         self.program = program
 
+    @functools.cached_property
+    def _flow(self) -> Flow:
+        return Flow(self.program)
+
+    @functools.cached_property
+    def _numbers(self) -> ValueNumbers:
+        return ValueNumbers(self.program)
+
+    @functools.cached_property
+    def _prover(self) -> MaskProver:
+        return MaskProver(self.program.graph)
+
     def share(self, leader: AttentionSite, followers: Sequence[AttentionSite]) -> None:
         """Give every follower the leader's queries, keys, mask, bias and scale; values and dropout stay its own.
 
         Sound wherever the scores are affine in QKᵀ, scores = α·QKᵀ + β, which is what the fused operator computes with
-        scale α and mask β.
+        scale α and mask β. The leader, if unfused, becomes fused, too, as long as nobody reads its map as such.
+
+        A query that sees no key at all, because all its scores were minus infinity, gives zeros, as the fused operator
+        does, where a softmax gives NaN. Where they were finite, all of them the lowest number, the map is uniform, as
+        the model's is.
+
+        Raises:
+            UnsupportedError: where the scores are not affine in QKᵀ, or a map is used for more than a product with
+                values; the operator is named.
         """
         node = self.program.node(leader.nodes.map)
-        if leader.fused:
-            fused = Fused.of(node)
-            scores = Affine(fused.query, fused.key, fused.factor, fused.mask, fused.is_causal, fused.enable_gqa)
-        else:
-            scores = affine_scores(leader, node)
+        if leader.fused and all(follower.fused for follower in followers):
+            self._share_fused(Fused.of(node), [self.program.node(follower.nodes.map) for follower in followers])
+            return
+        try:
+            attention = fused_attention(node) if leader.fused else unfused_attention(leader, node, self._flow)
+            operands = Operands(leader, node, attention)
+            consumers = [(site, read) for site in followers for read in self._consumers(site, attention)]
+            consumers += [] if leader.fused else [(leader, read) for read in self._own_consumers(leader, attention)]
+            even_widths([self._attend(operands, site, consumer) for site, consumer in consumers])
+        except UnclearAxes as unclear:
+            raise refusal(leader, node, f"cannot tell the axes of its scores apart: {unclear}") from unclear
         for follower in followers:
-            map_node = self.program.node(follower.nodes.map)
-            if follower.fused:
-                own = Fused.of(map_node)
-                self._attend(map_node, scores, own.value, own.dropout_p)
-            else:
-                self._replace_contractions(follower, map_node, scores)
+            self._check_unread(follower)
 
-    def _attend(self, node: fx.Node, scores: Affine, value: fx.Node, dropout_p: object) -> None:
-        with inserting_before(node) as insert:
-            made = insert(
-                OPERATOR,
-                scores.query,
-                scores.key,
-                value,
-                scores.bias,
-                dropout_p,
-                scores.is_causal,
-                scale=scores.scale,
-                enable_gqa=scores.enable_gqa,
-            )
-        replace(node, made)
-
-    def _replace_contractions(self, follower: AttentionSite, map_node: fx.Node, scores: Affine) -> None:
-        """Turn each product of an unfused follower's map with values into a fused attention."""
-        for name in follower.nodes.contexts:
-            context = self.program.node(name)
-            weights = context.args[0]
-            dropout_p: fx.Node | float = 0.0
-            if isinstance(weights, fx.Node) and weights.op == "call_module":
-                dropout = self.program.module.get_submodule(str(weights.target))
-                if isinstance(dropout, torch.nn.Dropout):
-                    dropout_p = self._probability(context, dropout.p)
-                    weights = weights.args[0]
-            if weights is not map_node or not is_call(context, *_CONTRACTIONS):
-                raise UnsupportedError(
-                    f"{follower}: lowering=recompute needs softmax, dropout and one product with the values, but "
-                    f"{context.name} reads {weights}. Use lowering=materialize for this stack."
+    def _share_fused(self, leader: Fused, followers: Sequence[fx.Node]) -> None:
+        made = []
+        for node in followers:
+            own = Fused.of(node)
+            with inserting_before(node) as insert:
+                made.append(
+                    insert(
+                        OPERATOR,
+                        leader.query,
+                        leader.key,
+                        own.value,
+                        leader.mask,
+                        own.dropout_p,
+                        leader.is_causal,
+                        scale=leader.factor,
+                        enable_gqa=leader.enable_gqa,
+                    )
                 )
-            value = context.args[1]
-            assert isinstance(value, fx.Node)
-            self._attend(context, scores, value, dropout_p)
+            replace(node, made[-1])
+        even_widths(made)
 
-    def _probability(self, context: fx.Node, p: float) -> fx.Node:
-        path = free_path(self.program.module, module_path(context), "dropout_p")
-        place(self.program.module, path, DropoutProbability(p).eval())
-        with inserting_before(context) as insert:
+    def _consumers(self, site: AttentionSite, attention: Attention) -> list[Consumer]:
+        """What a site does with its map, if its map is that of the attention."""
+        node = self.program.node(site.nodes.map)
+        if site.fused:
+            return [fused_consumer(node, attention.layout)]
+        return [read_consumer(self.program, site, node, attention.layout, name) for name in site.nodes.contexts]
+
+    def _own_consumers(self, leader: AttentionSite, attention: Attention) -> list[Consumer]:
+        """What the leader does with its map; nothing where that needs the map itself, which then stays as it is."""
+        try:
+            return self._consumers(leader, attention)
+        except UnsupportedError:
+            return []
+
+    def _attend(self, operands: Operands, site: AttentionSite, consumer: Consumer) -> fx.Node:
+        """Turn a product of a map with values into a fused attention on the leader's operands. Returns that."""
+        axes, node = operands.axes, consumer.node
+        mask = operands.mask(self._empties(operands, site, consumer))
+        is_causal = operands.attention.is_causal
+        if mask is not None and not is_causal:
+            mask, is_causal = self._simplified(mask, operands)
+        arranger = Arranger((*operands.attention.layouts, *consumer.layouts), (*operands.terms, consumer.value))
+        dropout_p = self._probability(node, consumer.dropout)
+        with inserting_before(node) as insert:
+            columns = (axes.batch, axes.heads, axes.keys, consumer.channels)
+            value = arranger.arrange(insert, consumer.value, columns, full=True)
+            query, key = (like(insert, operand, value) for operand in (operands.query, operands.key))
+            if mask is not None and mask.meta["val"].is_floating_point():
+                mask = like(insert, mask, value)
+            made = insert(OPERATOR, query, key, value, mask, dropout_p, is_causal, scale=operands.attention.number)
+            rows = (axes.batch, axes.heads, axes.queries, consumer.channels)
+            replace(node, arranger.arrange(insert, Term(made, rows), consumer.result))
+        return made
+
+    def _simplified(self, mask: fx.Node, operands: Operands) -> tuple[fx.Node | None, bool]:
+        """The mask, or None where it hides nothing or is the causal one, and whether it is that."""
+        kind = self._prover.prove(mask).kind
+        shape = (*sizes_of(operands.query)[-2:-1], *sizes_of(operands.key)[-2:-1])
+        if kind == "causal" and all(map(same_size, sizes_of(mask)[-2:], shape)):
+            return None, True
+        return (None if kind == "all" else mask), False
+
+    def _empties(self, operands: Operands, site: AttentionSite, consumer: Consumer) -> bool:
+        """Whether a map is set to 0 where its scores were hidden, so that a query that sees no key gives zeros.
+
+        Raises:
+            UnsupportedError: where a map is set to 0 by anything but the one mask of its scores.
+        """
+        if not consumer.zeroed:
+            return False
+        attention = operands.attention
+        hidden = [(self._numbers(s.condition.node), s.hides) for s in attention.selections]
+        zeroed = {(self._numbers(condition), hides) for condition, hides in consumer.zeroed}
+        masks = [addend for addend in attention.addends if addend.term.node not in self._flow.parameters]
+        if len(hidden) != 1 or zeroed != set(hidden) or masks:
+            raise refusal(site, consumer.zeroed[0][0], "cannot set a map to 0 but by the one mask of its scores")
+        return True
+
+    def _probability(self, node: fx.Node, dropout: float | fx.Node | torch.nn.Dropout) -> float | fx.Node:
+        """The probability of a map's dropout as an argument of the fused operator, in the mode of the model."""
+        if not isinstance(dropout, torch.nn.Dropout):
+            return dropout
+        path = free_path(self.program.module, module_path(node), "dropout_p")
+        place(self.program.module, path, DropoutProbability(dropout.p).eval())
+        with inserting_before(node) as insert:
             return insert(path)
+
+    def _check_unread(self, site: AttentionSite) -> None:
+        """Raise where a follower's own map is still needed, as by a model that returns it."""
+        if site.fused:
+            return
+        map_node = self.program.node(site.nodes.map)
+        readers = [map_node]
+        for node in readers:
+            if node.op == "output" or is_effect(node):
+                raise refusal(site, map_node, "does not compute the map, but the model also returns it or writes it")
+            readers += [user for user in node.users if user not in readers]
+
+
+def like(insert: Insert, node: fx.Node, value: fx.Node) -> fx.Node:
+    """A tensor with the element type of another, where it may have one of its own."""
+    if node.meta["val"].dtype == value.meta["val"].dtype and not is_pinned(node):
+        return node
+    return insert(_aten.type_as.default, node, value)

@@ -1,0 +1,242 @@
+"""What a fused attention needs of the leader of a group: queries, keys, scale and mask, in its own layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from fxreuse.attention import AttentionSite
+from fxreuse.axes import Layout, Part, sizes, start
+from fxreuse.contractions import Contraction
+from fxreuse.flow import Flow
+from fxreuse.follow import arguments, packet
+from fxreuse.nodes import inserting_before
+
+from .affine import Addend, Factor, Selection, affine_scores, refusal
+from .arrange import Arranger, Insert, Term, without_ones
+from .fused import Fused
+
+_aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of a fused attention's four dimensions, and the channels that queries and keys are summed over."""
+
+    batch: tuple[Part, ...]
+    heads: tuple[Part, ...]
+    queries: tuple[Part, ...]
+    keys: tuple[Part, ...]
+    channels: tuple[Part, ...]
+
+    @property
+    def map(self) -> Layout:
+        """The layout of the map and of everything that is added to the scores."""
+        return self.batch, self.heads, self.queries, self.keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """An attention as a fused operator computes it, before anything is laid out for it.
+
+    ``layout`` is that of its map, ``layouts`` are all that lead there.
+    """
+
+    query: Term
+    key: Term
+    layout: Layout
+    axes: Axes
+    number: float
+    factors: tuple[Factor, ...] = ()
+    addends: tuple[Addend, ...] = ()
+    selections: tuple[Selection, ...] = ()
+    is_causal: bool = False
+    layouts: tuple[Layout, ...] = ()
+
+
+class Operands:
+    """The operands of the fused attentions of a group, made where the leader's map is."""
+
+    def __init__(self, site: AttentionSite, node: fx.Node, attention: Attention) -> None:
+        self.site, self.node, self.attention, self.axes = site, node, attention, attention.axes
+        axes = attention.axes
+        self._rows = (axes.batch, axes.heads, axes.queries)
+        self._columns = (axes.batch, axes.heads, axes.keys)
+        terms = [attention.query, attention.key, *(addend.term for addend in attention.addends)]
+        self.arranger = Arranger(attention.layouts, terms)
+        with inserting_before(node) as insert:
+            query = self.arranger.arrange(insert, attention.query, (*self._rows, axes.channels), full=True)
+            key = self.arranger.arrange(insert, attention.key, (*self._columns, axes.channels), full=True)
+            self.query, self.key = self._scaled(insert, query, key)
+        self._masks: dict[bool, fx.Node | None] = {}
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Tensors from which the sizes of axes can be read."""
+        channels = self.axes.channels
+        return Term(self.query, (*self._rows, channels)), Term(self.key, (*self._columns, channels))
+
+    def _scaled(self, insert: Insert, query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Queries and keys with the factors of the scores: each goes to the one that has all its axes."""
+        pieces = self.arranger.pieces
+        for factor in self.attention.factors:
+            own = {piece for dim in factor.term.layout for piece in pieces(dim)}
+            if not own & set(pieces(self.axes.keys)):
+                query = factor.apply(insert, query, self._as(insert, factor.term, (*self._rows, ())))
+            elif not own & set(pieces(self.axes.queries)):
+                key = factor.apply(insert, key, self._as(insert, factor.term, (*self._columns, ())))
+            else:
+                reason = "needs scores of the form α·QKᵀ + β, but they are multiplied by a matrix of their own shape"
+                raise refusal(self.site, factor.term.node, reason)
+        return query, key
+
+    def _as(self, insert: Insert, term: Term, layout: Layout) -> fx.Node:
+        """A tensor laid out so that it broadcasts; a number without dimensions does so as it is."""
+        return self.arranger.arrange(insert, term, layout) if term.layout else term.node
+
+    def mask(self, empty_to_zero: bool) -> fx.Node | None:
+        """What is added to the scores and hides them, as the mask of a fused attention.
+
+        With ``empty_to_zero``, a query that sees no key gives zeros whatever number hides its scores.
+        """
+        if empty_to_zero not in self._masks:
+            with inserting_before(self.node) as insert:
+                self._masks[empty_to_zero] = self._make_mask(insert, empty_to_zero)
+        return self._masks[empty_to_zero]
+
+    def _make_mask(self, insert: Insert, empty_to_zero: bool) -> fx.Node | None:
+        fills = [-math.inf if empty_to_zero else selection.fill for selection in self.attention.selections]
+        total: fx.Node | None = None
+        for addend in self.attention.addends:
+            made = self._weighted(insert, addend)
+            total = made if total is None else insert(_aten.add.Tensor, total, made)
+        if total is None and fills and all(fill == -math.inf for fill in fills):
+            return self._visible(insert)
+        for selection, fill in zip(self.attention.selections, fills, strict=True):
+            condition = self._as(insert, selection.condition, self.axes.map)
+            if not selection.hides:
+                condition = insert(_aten.logical_not.default, condition)
+            base = total if total is not None else insert(_aten.new_zeros.default, self.query, [])
+            total = insert(_aten.masked_fill.Scalar, base, condition, fill)
+        return total
+
+    def _weighted(self, insert: Insert, addend: Addend) -> fx.Node:
+        made = self._as(insert, addend.term, self.axes.map)
+        for factor in addend.factors:
+            made = factor.apply(insert, made, self._as(insert, factor.term, self.axes.map))
+        return made if addend.number == 1 else insert(_aten.mul.Tensor, made, addend.number)
+
+    def _visible(self, insert: Insert) -> fx.Node:
+        """What all selections leave visible, as a bool mask."""
+        visible: fx.Node | None = None
+        for selection in self.attention.selections:
+            condition = self._as(insert, selection.condition, self.axes.map)
+            shown = _negation(insert, condition) if selection.hides else condition
+            visible = shown if visible is None else insert(_aten.logical_and.default, visible, shown)
+        assert visible is not None
+        return visible
+
+
+def _negation(insert: Insert, node: fx.Node) -> fx.Node:
+    """The opposite of a condition; of one that is itself an opposite, what that was made of."""
+    inner = node.args[0] if packet(node) in (_aten.logical_not, _aten.bitwise_not) else None
+    if isinstance(inner, fx.Node) and inner.meta["val"].dtype is torch.bool:
+        return inner
+    return insert(_aten.logical_not.default, node)
+
+
+def _operand(product: Contraction, operand: fx.Node) -> Term:
+    labels = product.left_axes if operand is product.left else product.right_axes
+    return Term(operand, without_ones(start(operand, labels)))
+
+
+def unfused_attention(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Attention:
+    """An unfused attention, read from its softmax.
+
+    Raises:
+        UnsupportedError: where its scores are not affine in QKᵀ.
+    """
+    affine = affine_scores(site, softmax, flow)
+    product, query, key = affine.scores.product, affine.scores.query, affine.scores.key
+    dim = arguments(softmax)["dim"] % len(affine.layout)
+    return Attention(
+        _operand(product, query),
+        _operand(product, key),
+        affine.layout,
+        _axes(affine.layout, dim, product, query),
+        affine.number,
+        affine.factors,
+        affine.addends,
+        affine.selections,
+        layouts=affine.layouts,
+    )
+
+
+def fused_attention(node: fx.Node) -> Attention:
+    """A fused attention, read from its operator."""
+    fused = Fused.of(node)
+    rank = len(sizes(fused.query))
+    shape, width = (*sizes(fused.query)[:-1], sizes(fused.key)[-2]), sizes(fused.query)[-1]
+    layout = without_ones(tuple((Part(place, size),) for place, size in enumerate(shape)))
+    channels = without_ones(((Part("channels", width),),))[0]
+    key = fused.key if sizes(fused.key)[:-2] == shape[:-2] else _per_query_head(node, fused.query, fused.key)
+    mask = fused.mask and Term(fused.mask, _broadcast(layout, fused.mask))
+    hides = mask is not None and mask.node.meta["val"].dtype is torch.bool
+    return Attention(
+        Term(fused.query, (*layout[:-1], channels)),
+        Term(key, (*layout[:-2], layout[-1], channels)),
+        layout,
+        Axes(
+            layout[0] if rank > 2 else (),
+            tuple(part for dim in layout[1 : rank - 2] for part in dim),
+            layout[-2],
+            layout[-1],
+            channels,
+        ),
+        fused.factor,
+        addends=(Addend(mask, 1.0),) if mask is not None and not hides else (),
+        selections=(Selection(mask, False, -math.inf),) if mask is not None and hides else (),
+        is_causal=fused.is_causal,
+        layouts=(layout,),
+    )
+
+
+def _per_query_head(node: fx.Node, query: fx.Node, key: fx.Node) -> fx.Node:
+    """Keys repeated for grouped query heads, as the fused operator does."""
+    times = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
+    with inserting_before(node) as insert:
+        return insert(_aten.repeat_interleave.self_int, key, times, -3)
+
+
+def _broadcast(layout: Layout, node: fx.Node) -> Layout:
+    """The layout of a tensor that is broadcast to another one's."""
+    own = sizes(node)
+    dims = layout[len(layout) - len(own) :]
+    return tuple(() if size == 1 else dim for dim, size in zip(dims, own, strict=True))
+
+
+def _axes(layout: Layout, dim: int, product: Contraction, query: fx.Node) -> Axes:
+    """Which axes of a map are which: one axis of the queries alone is theirs, all others are batch and heads."""
+    labels, key, key_labels = product.side(query)
+    rest = [part for place, other in enumerate(layout) if place != dim for part in other]
+    own = [part.source for part in rest if part.source in labels and part.source not in key_labels]
+    queries = tuple(part for part in rest if own and part.source == own[-1])
+    batched = [tuple(part for part in other if part not in queries) for place, other in enumerate(layout) if place != dim]
+    batched = [other for other in batched if other]
+    channels = without_ones(tuple((part,) for part in _summed(product, query)))
+    return Axes(
+        batch=batched[0] if batched else (),
+        heads=tuple(part for other in batched[1:] for part in other),
+        queries=queries,
+        keys=layout[dim],
+        channels=tuple(part for dim in channels for part in dim),
+    )
+
+
+def _summed(product: Contraction, query: fx.Node) -> list[Part]:
+    labels = product.left_axes if query is product.left else product.right_axes
+    return [Part(label, size) for label, size in zip(labels, sizes(query), strict=True) if label in product.summed]
