@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -14,6 +15,8 @@ from fxreuse.axes import Layout, Part, sizes, start
 from fxreuse.contractions import Contraction
 from fxreuse.flow import Flow
 from fxreuse.follow import arguments, packet
+from fxreuse.index_call import same_size, sizes_of
+from fxreuse.mask_proof import MaskProver
 from fxreuse.nodes import inserting_before
 
 from .affine import Addend, Factor, Selection, affine_scores, refusal
@@ -58,10 +61,19 @@ class Attention:
     layouts: tuple[Layout, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A mask of a fused attention, and the queries that go with it."""
+
+    query: fx.Node
+    node: fx.Node | None
+    is_causal: bool
+
+
 class Operands:
     """The operands of the fused attentions of a group, made where the leader's map is."""
 
-    def __init__(self, site: AttentionSite, node: fx.Node, attention: Attention) -> None:
+    def __init__(self, site: AttentionSite, node: fx.Node, attention: Attention, prover: MaskProver) -> None:
         self.site, self.node, self.attention, self.axes = site, node, attention, attention.axes
         axes = attention.axes
         self._rows = (axes.batch, axes.heads, axes.queries)
@@ -72,7 +84,8 @@ class Operands:
             query = self.arranger.arrange(insert, attention.query, (*self._rows, axes.channels), full=True)
             key = self.arranger.arrange(insert, attention.key, (*self._columns, axes.channels), full=True)
             self.query, self.key = self._scaled(insert, query, key)
-        self._masks: dict[bool, fx.Node | None] = {}
+        self._masks: dict[bool, Mask] = {}
+        self._prover = prover
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -98,31 +111,57 @@ class Operands:
         """A tensor laid out so that it broadcasts; a number without dimensions does so as it is."""
         return self.arranger.arrange(insert, term, layout) if term.layout else term.node
 
-    def mask(self, empty_to_zero: bool) -> fx.Node | None:
-        """What is added to the scores and hides them, as the mask of a fused attention.
+    def mask(self, empty_to_zero: bool) -> Mask:
+        """What is added to the scores and hides them, as the mask of a fused attention, with the queries that it needs.
 
-        With ``empty_to_zero``, a query that sees no key gives zeros whatever number hides its scores.
+        A query all of whose scores the model replaced by one finite number has a uniform map, and no gradient reaches
+        its scores. So has a query of zeros that sees all keys. With ``empty_to_zero`` there is no such query.
         """
         if empty_to_zero not in self._masks:
             with inserting_before(self.node) as insert:
                 self._masks[empty_to_zero] = self._make_mask(insert, empty_to_zero)
         return self._masks[empty_to_zero]
 
-    def _make_mask(self, insert: Insert, empty_to_zero: bool) -> fx.Node | None:
-        fills = [-math.inf if empty_to_zero else selection.fill for selection in self.attention.selections]
+    def _make_mask(self, insert: Insert, empty_to_zero: bool) -> Mask:
+        if self.attention.is_causal:
+            return Mask(self.query, None, True)
+        final = [empty_to_zero or selection.fill == -math.inf for selection in self.attention.selections]
+        shown = [self._shown(insert, selection) for selection in self.attention.selections]
+        strict = _all(insert, [node for node, ends in zip(shown, final, strict=True) if ends])
+        soft = _all(insert, [node for node, ends in zip(shown, final, strict=True) if not ends])
+        visible = _all(insert, [node for node in (strict, soft) if node is not None])
+        kind = "all" if visible is None else self._kind(visible)
+        query, blind = self.query, None
+        if kind == "other" and soft is not None:
+            blind = insert(_aten.logical_not.default, insert(_aten.any.dim, visible, -1, True))
+            visible = _all(insert, [strict, insert(_aten.logical_or.default, soft, blind)])
+            query = insert(_aten.masked_fill.Scalar, query, blind, 0.0)
+        bias = self._bias(insert)
+        if bias is None:
+            return Mask(query, visible if kind == "other" else None, kind == "causal")
+        if blind is not None:
+            bias = insert(_aten.masked_fill.Scalar, bias, blind, 0.0)
+        if visible is not None and kind != "all":
+            bias = insert(_aten.masked_fill.Scalar, bias, insert(_aten.logical_not.default, visible), -math.inf)
+        return Mask(query, bias, False)
+
+    def _kind(self, mask: fx.Node) -> str:
+        """Whether a mask hides nothing (``"all"``), or what ``is_causal`` does (``"causal"``), for all sizes."""
+        kind = self._prover.prove(mask).kind
+        shape = (*sizes_of(self.query)[-2:-1], *sizes_of(self.key)[-2:-1])
+        if kind == "all" or (kind == "causal" and all(map(same_size, sizes_of(mask)[-2:], shape))):
+            return kind
+        return "other"
+
+    def _bias(self, insert: Insert) -> fx.Node | None:
         total: fx.Node | None = None
         for addend in self.attention.addends:
             made = self._weighted(insert, addend)
             total = made if total is None else insert(_aten.add.Tensor, total, made)
-        if total is None and fills and all(fill == -math.inf for fill in fills):
-            return self._visible(insert)
-        for selection, fill in zip(self.attention.selections, fills, strict=True):
-            condition = self._as(insert, selection.condition, self.axes.map)
-            if not selection.hides:
-                condition = insert(_aten.logical_not.default, condition)
-            base = total if total is not None else insert(_aten.new_zeros.default, self.query, [])
-            total = insert(_aten.masked_fill.Scalar, base, condition, fill)
-        return total
+        if total is None:
+            return None
+        kind = self._kind(total)
+        return None if kind == "all" else total
 
     def _weighted(self, insert: Insert, addend: Addend) -> fx.Node:
         made = self._as(insert, addend.term, self.axes.map)
@@ -130,15 +169,18 @@ class Operands:
             made = factor.apply(insert, made, self._as(insert, factor.term, self.axes.map))
         return made if addend.number == 1 else insert(_aten.mul.Tensor, made, addend.number)
 
-    def _visible(self, insert: Insert) -> fx.Node:
-        """What all selections leave visible, as a bool mask."""
-        visible: fx.Node | None = None
-        for selection in self.attention.selections:
-            condition = self._as(insert, selection.condition, self.axes.map)
-            shown = _negation(insert, condition) if selection.hides else condition
-            visible = shown if visible is None else insert(_aten.logical_and.default, visible, shown)
-        assert visible is not None
-        return visible
+    def _shown(self, insert: Insert, selection: Selection) -> fx.Node:
+        """Where a selection lets scores through."""
+        condition = self._as(insert, selection.condition, self.axes.map)
+        return _negation(insert, condition) if selection.hides else condition
+
+
+def _all(insert: Insert, conditions: Iterable[fx.Node | None]) -> fx.Node | None:
+    """Where all conditions hold; None without any."""
+    found = [condition for condition in conditions if condition is not None]
+    if not found:
+        return None
+    return functools.reduce(lambda one, other: insert(_aten.logical_and.default, one, other), found)
 
 
 def _negation(insert: Insert, node: fx.Node) -> fx.Node:

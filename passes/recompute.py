@@ -11,7 +11,6 @@ from torch import fx
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
 from fxreuse.flow import Flow
-from fxreuse.index_call import same_size, sizes_of
 from fxreuse.mask_proof import MaskProver
 from fxreuse.modules import DropoutProbability
 from fxreuse.nodes import inserting_before, is_effect, replace
@@ -68,7 +67,7 @@ class Recomputer:
             return
         try:
             attention = fused_attention(node) if leader.fused else unfused_attention(leader, node, self._flow)
-            operands = Operands(leader, node, attention)
+            operands = Operands(leader, node, attention, self._prover)
             consumers = [(site, read) for site in followers for read in self._consumers(site, attention)]
             consumers += [] if leader.fused else [(leader, read) for read in self._own_consumers(leader, attention)]
             even_widths([self._attend(operands, site, consumer) for site, consumer in consumers])
@@ -116,29 +115,21 @@ class Recomputer:
         """Turn a product of a map with values into a fused attention on the leader's operands. Returns that."""
         axes, node = operands.axes, consumer.node
         mask = operands.mask(self._empties(operands, site, consumer))
-        is_causal = operands.attention.is_causal
-        if mask is not None and not is_causal:
-            mask, is_causal = self._simplified(mask, operands)
         arranger = Arranger((*operands.attention.layouts, *consumer.layouts), (*operands.terms, consumer.value))
         dropout_p = self._probability(node, consumer.dropout)
         with inserting_before(node) as insert:
             columns = (axes.batch, axes.heads, axes.keys, consumer.channels)
             value = arranger.arrange(insert, consumer.value, columns, full=True)
-            query, key = (like(insert, operand, value) for operand in (operands.query, operands.key))
-            if mask is not None and mask.meta["val"].is_floating_point():
-                mask = like(insert, mask, value)
-            made = insert(OPERATOR, query, key, value, mask, dropout_p, is_causal, scale=operands.attention.number)
+            query, key = (like(insert, operand, value) for operand in (mask.query, operands.key))
+            added = mask.node
+            if added is not None and added.meta["val"].is_floating_point():
+                added = like(insert, added, value)
+            made = insert(
+                OPERATOR, query, key, value, added, dropout_p, mask.is_causal, scale=operands.attention.number
+            )
             rows = (axes.batch, axes.heads, axes.queries, consumer.channels)
             replace(node, arranger.arrange(insert, Term(made, rows), consumer.result))
         return made
-
-    def _simplified(self, mask: fx.Node, operands: Operands) -> tuple[fx.Node | None, bool]:
-        """The mask, or None where it hides nothing or is the causal one, and whether it is that."""
-        kind = self._prover.prove(mask).kind
-        shape = (*sizes_of(operands.query)[-2:-1], *sizes_of(operands.key)[-2:-1])
-        if kind == "causal" and all(map(same_size, sizes_of(mask)[-2:], shape)):
-            return None, True
-        return (None if kind == "all" else mask), False
 
     def _empties(self, operands: Operands, site: AttentionSite, consumer: Consumer) -> bool:
         """Whether a map is set to 0 where its scores were hidden, so that a query that sees no key gives zeros.
