@@ -34,6 +34,9 @@ from .index_values import always, cases, combine, satisfied
 
 Handler = Callable[[Call], Value]
 
+#: The integer types in which positions are computed.
+INTEGERS = (torch.int64, torch.int32)
+
 aten = torch.ops.aten
 
 
@@ -47,12 +50,12 @@ def truth(value: Value) -> Formula:
 
 
 def numbers(value: Value, dtype: torch.dtype, ndim: int) -> Cases | Unknown:
-    """A value as elements of an integer (``int64``) or floating-point type."""
+    """A value as elements of an integer or floating-point type."""
     if isinstance(value, Unknown):
         return value
     if isinstance(value, Cases):
         return combine(lambda leaf: _convert(leaf, dtype), value)
-    one, zero = (Affine.constant(bit, ndim) if dtype is torch.int64 else Number(float(bit)) for bit in (1, 0))
+    one, zero = (Affine.constant(bit, ndim) if dtype in INTEGERS else Number(float(bit)) for bit in (1, 0))
     return cases([(value, one), (negation(value), zero)])
 
 
@@ -63,12 +66,12 @@ def cast(value: Value, dtype: torch.dtype, ndim: int) -> Value:
 
 def _convert(leaf: Leaf, dtype: torch.dtype) -> Leaf | Unknown:
     if isinstance(leaf, Affine):
-        if dtype is torch.int64:
+        if dtype in INTEGERS:
             return leaf
         if leaf.integer is None:
             return Unknown("positions as floating-point numbers")
         return rounded(leaf.integer, dtype)
-    if dtype is torch.int64:
+    if dtype in INTEGERS:
         return Unknown("floating-point numbers as integers")
     return rounded(leaf.value, dtype)
 
@@ -105,14 +108,14 @@ def arithmetic(call: Call) -> Value:
 
     def apply(*leaves: Leaf) -> Leaf | Unknown:
         forms = [leaf for leaf in leaves if isinstance(leaf, Affine)]
-        if call.dtype is not torch.int64 or len(forms) < len(leaves):
+        if call.dtype not in INTEGERS or len(forms) < len(leaves):
             return run(call, dict(zip(operands, leaves, strict=True)))
         if not isinstance(alpha, int) or isinstance(alpha, bool):
             return Unknown("a symbolic alpha")
-        if call.name == "neg":
+        if call.name in ("neg", "negative"):
             return forms[0].times(-1)
         one, other = forms
-        if call.name == "mul":
+        if call.name in ("mul", "multiply"):
             return _multiply(one, other)
         if call.name == "rsub":
             return _add(other, one.times(-alpha))
@@ -121,9 +124,15 @@ def arithmetic(call: Call) -> Value:
     return _over(apply, values)
 
 
+def function(call: Call) -> Value:
+    """A function of one floating-point number: ``log`` makes a mask to add of one to multiply with."""
+    value = numbers(call.aligned("self"), _number_type(call, "self"), call.ndim)
+    return _over(lambda leaf: run(call, {"self": leaf}), [value])
+
+
 def _bool_arithmetic(call: Call, operands: list[str]) -> Value:
     formulas = [truth(call.aligned(name)) for name in operands]
-    if call.name == "mul":
+    if call.name in ("mul", "multiply"):
         return conjunction(*formulas)
     if call.name == "add" and call.arguments["alpha"] == 1:
         return disjunction(*formulas)
@@ -166,13 +175,19 @@ def run(call: Call, leaves: dict[str, Leaf]) -> Leaf | Unknown:
     return Affine.constant(int(result), call.ndim) if isinstance(result, int) else Number(result)
 
 
+COMPARISONS = {
+    **{name: name for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{"not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge"},
+}
+
+
 def comparison(call: Call) -> Value:
     """``eq``, ``ne``, ``lt``, ``le``, ``gt``, ``ge``."""
     values = [numbers(call.aligned(name), _number_type(call, name), call.ndim) for name in ("self", "other")]
 
     def apply(one: Leaf, other: Leaf) -> Formula:
         if isinstance(one, Affine) and isinstance(other, Affine):
-            return _compare(call.name, one, other)
+            return _compare(COMPARISONS[call.name], one, other)
         result = run(call, {"self": one, "other": other})
         return result if isinstance(result, Unknown) else truth(always(result))
 
@@ -253,14 +268,16 @@ def converted(call: Call) -> Value:
 
 
 HANDLERS: dict[torch._ops.OpOverloadPacket, Handler] = {
-    **dict.fromkeys((aten.add, aten.sub, aten.rsub, aten.mul, aten.neg), arithmetic),
-    **dict.fromkeys((aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge), comparison),
+    **dict.fromkeys((aten.add, aten.sub, aten.subtract, aten.rsub, aten.mul, aten.multiply), arithmetic),
+    **dict.fromkeys((aten.neg, aten.negative), arithmetic),
+    **dict.fromkeys((getattr(aten, name) for name in COMPARISONS), comparison),
     **dict.fromkeys((aten.logical_and, aten.logical_or, aten.logical_not, aten.logical_xor), logic),
     **dict.fromkeys((aten.bitwise_and, aten.bitwise_or, aten.bitwise_not, aten.bitwise_xor), logic),
     **dict.fromkeys((aten.__and__, aten.__or__, aten.__xor__), logic),
     **dict.fromkeys((aten.to, aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.alias), converted),
     **dict.fromkeys((aten.detach, aten.lift_fresh_copy), converted),
-    aten.abs: absolute,
+    **dict.fromkeys((aten.abs, aten.absolute), absolute),
+    **dict.fromkeys((aten.log, aten.log2, aten.exp, aten.sign), function),
     aten.where: where,
     aten.masked_fill: masked_fill,
 }

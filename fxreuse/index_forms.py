@@ -27,6 +27,8 @@ import sympy
 
 #: Integers in a form stay below this, so that with sizes of 31 bits no 64-bit arithmetic of the model can have wrapped.
 INTEGER_LIMIT = 2**30
+#: The same for 32-bit arithmetic at sizes up to 2²⁰.
+NARROW_LIMIT = 2**8
 #: A formula of more comparisons than this is given up: no mask that anybody writes needs it.
 FORMULA_LIMIT = 64
 
@@ -78,10 +80,10 @@ class Affine:
         """The integer that it is, whatever index and sizes; otherwise None."""
         return int(self.const) if self.is_constant and self.const.is_Integer else None
 
-    def bounded(self) -> Affine | Unknown:
+    def bounded(self, limit: int = INTEGER_LIMIT) -> Affine | Unknown:
         """Itself, unless its integers are so large that the model's own arithmetic might have wrapped."""
         integers = (*self.coeffs, *(int(number) for number in self.const.atoms(sympy.Integer)))
-        return Unknown("very large integers") if any(abs(i) > INTEGER_LIMIT for i in integers) else self
+        return Unknown("very large integers") if any(abs(i) > limit for i in integers) else self
 
     def __str__(self) -> str:
         signed = sorted(((a, f"i{k}") for k, a in enumerate(self.coeffs) if a), key=lambda term: term[0] < 0)

@@ -1,6 +1,6 @@
 """The index forms of a graph: what is known of a node, from what is known of its operands.
 
-Values of inputs, parameters and buffers are data and stay unknown; so does the result of every operator that is not
+Values of inputs, parameters and persistent buffers are data and stay unknown (of other buffers, see `index_tables`); so does the result of every operator that is not
 in the tables of `index_elementwise`, `index_layout` and `index_series`. What is left is what masks are made of.
 """
 
@@ -15,7 +15,9 @@ from torch import fx
 from . import index_elementwise, index_layout, index_series
 from .index_bounds import SizeBounds
 from .index_call import Call, is_tensor
-from .index_forms import Unknown, Value
+from .index_elementwise import INTEGERS
+from .index_forms import NARROW_LIMIT, Affine, Cases, Unknown, Value
+from .index_tables import stored
 
 HANDLERS = {**index_elementwise.HANDLERS, **index_layout.HANDLERS, **index_series.HANDLERS}
 
@@ -63,18 +65,27 @@ class IndexForms(Mapping[fx.Node, Value]):
         return node not in self._written and _handler(node) is not None
 
     def _evaluate(self, node: fx.Node) -> Value:
-        if node.op != "call_function":
-            kind = {"placeholder": "the input", "get_attr": "the tensor"}.get(node.op, "the result of")
-            return Unknown(f"{kind} {node.target}")
         if node in self._written:
             return Unknown(f"{node.name} is written to in place")
+        if node.op != "call_function":
+            return stored(node)
         handler = _handler(node)
         if handler is None:
             return Unknown(f"the result of {node.target}")
         dtype = node.meta["val"].dtype
-        if dtype not in (torch.bool, torch.int64) and not dtype.is_floating_point:
+        if dtype is not torch.bool and dtype not in INTEGERS and not dtype.is_floating_point:
             return Unknown(f"elements of {dtype}")
-        return handler(Call.of(node, self._values, self.bounds))
+        value = handler(Call.of(node, self._values, self.bounds))
+        return _narrow(value) if dtype is torch.int32 else value
+
+
+def _narrow(value: Value) -> Value:
+    """An int32 value, unless its integers are so large that at lengths up to a million they might have wrapped."""
+    leaves = [leaf for _, leaf in value.parts] if isinstance(value, Cases) else []
+    forms = [leaf for leaf in leaves if isinstance(leaf, Affine)]
+    if all(form.bounded(NARROW_LIMIT) == form for form in forms):
+        return value
+    return Unknown("large integers of 32 bits")
 
 
 def _handler(node: fx.Node) -> Callable[[Call], Value] | None:

@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from .index_call import Call, broadcast, integer_expression, is_tensor, same_size
-from .index_elementwise import cast, numbers, rounded
+from .index_elementwise import INTEGERS, cast, numbers, rounded
 from .index_forms import Affine, Cases, Truth, Unknown, Value, at_most_zero, conjunction, negation
 from .index_values import always, cases, substitute
 
@@ -21,7 +21,7 @@ def arange(call: Call) -> Value:
     """``arange`` of integers: ``start + step · i``."""
     start = call.integer("start") if "start" in call.arguments else sympy.Integer(0)
     step = call.arguments.get("step", 1)
-    if call.dtype is not torch.int64 or start is None or not isinstance(step, int):
+    if call.dtype not in INTEGERS or start is None or not isinstance(step, int):
         return Unknown("a range that is not of integers with a constant step")
     return _checked(Affine.index(0, 1).times(step) + Affine.constant(start, 1))
 
@@ -34,10 +34,10 @@ def full(call: Call) -> Value:
         number = call.arguments["s" if call.name == "scalar_tensor" else "fill_value"]
     if is_tensor(number):
         return Unknown("a constant read from a tensor")
-    if isinstance(number, (bool, int, float)) and call.dtype is not torch.int64:
+    if isinstance(number, (bool, int, float)) and call.dtype not in INTEGERS:
         return Truth(bool(number)) if call.dtype is torch.bool else always(rounded(number, call.dtype))
     integer = integer_expression(int(number) if isinstance(number, bool) else number)
-    if integer is None or call.dtype is not torch.int64:
+    if integer is None or call.dtype not in INTEGERS:
         return Unknown("a constant that is not a number")
     return _checked(Affine.constant(integer, call.ndim))
 

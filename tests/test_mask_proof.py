@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxreuse.capture import capture
 from fxreuse.index_forms import Truth
 from fxreuse.mask_proof import MaskProver, formula_of, prove
 
@@ -255,3 +256,77 @@ def test_a_constant_is_true_or_false_everywhere() -> None:
     nodes = outputs(Constants(), torch.zeros(5))
     prover = MaskProver(nodes[0].graph)
     assert [prover.constant(node) for node in nodes] == [True, False, None, None]
+
+
+class Tables(torch.nn.Module):
+    """Masks made of what was stored when the model was built."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        ones = torch.ones(9, 9)
+        tables = {
+            "bools": ones.tril().bool(),
+            "numbers": ones.tril().view(1, 1, 9, 9),
+            "future": torch.full((9, 9), -torch.inf).triu(1),
+            "positions": torch.arange(9).view(1, 9),
+            "window": ones.tril().triu(-3).bool(),
+            "odd": ones.tril().bool() & (torch.arange(81).view(9, 9) != 80),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        size = x.shape[0]
+        place = self.positions[:, :size]
+        return [
+            self.bools[:size, :size],
+            self.numbers[:, :, :size, :size] != 0,
+            self.numbers[..., :size, :size].log(),
+            self.future[:size, :size],
+            place[:, None, :] <= place[:, :, None],
+            self.window[:size, :size],
+            self.odd[:size, :size],
+        ]
+
+
+def program_kinds(model: torch.nn.Module) -> list[str]:
+    program = capture(model, torch.zeros(5))
+    (outputs,) = program.graph.output_node().args
+    prover = MaskProver(program.graph)
+    return [prover.prove(node).kind for node in outputs]
+
+
+def test_a_table_that_no_checkpoint_replaces_is_read() -> None:
+    """The window is narrower than the table, and one element of the last one is not as in a triangle."""
+    assert program_kinds(Tables(persistent=False)) == ["causal"] * 5 + ["none-provable"] * 2
+    assert program_kinds(Tables(persistent=True)) == ["none-provable"] * 7
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda i: torch.less_equal(i[None, :], i[:, None]),
+        lambda i: torch.greater(i[None, :], i[:, None]).logical_not(),
+        lambda i: i.int()[None, :] <= i.int()[:, None],
+        lambda i: i[None, :].int() - i[:, None] < 1,
+        lambda i: torch.subtract(i[:, None], i) >= 0,
+        lambda i: torch.where(i[None, :] > i[:, None], -torch.inf, 0.0),
+        lambda i: (i[None, :] <= i[:, None]).float().log(),
+        lambda i: torch.full((len(i), len(i)), -torch.inf).triu(diagonal=1),
+    ],
+)
+def test_more_ways_to_write_a_causal_mask(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    assert kind(lambda x: function(torch.arange(x.shape[0]))) == "causal"
+
+
+def test_chunks_are_not_causal() -> None:
+    def chunks(x: torch.Tensor) -> torch.Tensor:
+        chunk = torch.arange(x.shape[0]) // 4
+        return chunk[None, :] <= chunk[:, None]
+
+    assert kind(chunks) == "none-provable"
+
+
+def test_integers_of_32_bits_that_would_wrap_are_given_up() -> None:
+    assert kind(lambda x: torch.arange(x.shape[0]).int()[None, :] * 300 >= 0) == "none-provable"
+    assert kind(lambda x: torch.arange(x.shape[0]).int()[None, :] * 3 >= 0) == "all"
