@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def fits(found: Arrangement, node: fx.Node) -> bool:
         numbers = math.prod(factor.size for factor in parts if factor.kind != TOKENS)
         if fixed_size(value) is not None:
             continue
-        if all(factor.kind != TOKENS for factor in parts) or quotient(_known(value), numbers) is None:
+        if all(factor.kind != TOKENS for factor in parts) or quotient(known_size(value), numbers) is None:
             return False
     return True
 
@@ -119,21 +119,29 @@ class Layer:
     """Lays tensors out as an arrangement says, or back, by nodes that ``insert`` makes before ``like``.
 
     ``like`` is the node that the arrangement was read from. ``sizes`` replaces the sizes of some of its row factors,
-    by their place.
+    by their place; ``rows`` is the order in which rows are numbered, where it is not that of the axes. Sizes are read
+    from no node of ``avoid``: those that are on their way out.
     """
 
     arrangement: Arrangement
     like: fx.Node
     insert: Insert
     sizes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    rows: tuple[int, ...] | None = None
+    avoid: Set[fx.Node] = frozenset()
+
+    @property
+    def _order(self) -> list[int]:
+        """The places of tokens and rows, in the order in which they are numbered."""
+        return [*self.arrangement.tokens, *(self.arrangement.places(ROWS) if self.rows is None else self.rows)]
 
     def lay_out(self, base: fx.Node, feature: int) -> fx.Node:
-        """A tensor of tokens × rows, rows at dimension ``feature`` in the order of the row factors, laid out."""
+        """A tensor of tokens × rows, rows at dimension ``feature``, laid out."""
         found, value = self.arrangement, base
         rank = base.meta["val"].dim()
         if feature % rank != rank - 1:
             value = self.insert(_aten.movedim.int, value, feature, -1)
-        order = [*found.tokens, *found.places(ROWS)]
+        order = self._order
         value = self._reshaped(value, [self._size(place) for place in order])
         value = self._permuted(value, [order.index(place) for place in sorted(order)])
         copies = found.places(COPIES)
@@ -148,7 +156,7 @@ class Layer:
         """A tensor laid out so as one of ``sizes`` that has its tokens in order, and last its rows."""
         found = self.arrangement
         value = self._reshaped(value, [self._size(place) for place in range(len(found.factors))])
-        value = self._permuted(value, [*found.tokens, *found.places(ROWS)])
+        value = self._permuted(value, self._order)
         return self._reshaped(value, sizes)
 
     def _size(self, place: int) -> Any:
@@ -157,9 +165,9 @@ class Layer:
         if factor.kind != TOKENS:
             return self.sizes.get(place, factor.size)
         others = [f.size for i, f in enumerate(self.arrangement.factors) if f.axis == factor.axis and i != place]
-        whole = quotient(_known(self.like.meta["val"].shape[factor.axis]), product(others))
+        whole = quotient(known_size(self.like.meta["val"].shape[factor.axis]), product(others))
         assert whole is not None
-        return size_before(self.like, whole, self.insert)
+        return size_before(self.like, whole, self.insert, self.avoid)
 
     def _axis_size(self, axis: int) -> Any:
         places = [place for place, factor in enumerate(self.arrangement.factors) if factor.axis == axis]
@@ -181,27 +189,31 @@ class Layer:
 
 
 def _shape(sizes: Any) -> list[str]:
-    return [str(_known(s)) for s in sizes]
+    return [str(known_size(s)) for s in sizes]
 
 
-def _known(value: Any) -> Size:
+def known_size(value: Any) -> Size:
     """A size as a number wherever it is known, else as an expression."""
     number = fixed_size(value)
     return size(value) if number is None else number
 
 
-def size_before(node: fx.Node, wanted: Size, insert: Insert) -> Any:
-    """A size as a number, or as a node before ``node`` that has it: one that is there already, or a new one."""
+def size_before(node: fx.Node, wanted: Size, insert: Insert, avoid: Set[fx.Node] = frozenset()) -> Any:
+    """A size as a number, or as a node that has it: one that is there before ``node``, or a new one.
+
+    It is read from no tensor of ``avoid``.
+    """
     if isinstance(wanted, int):
         return wanted
-    for candidate in _before(node):
+    before = [n for n in _before(node) if n not in avoid and avoid.isdisjoint(n.all_input_nodes)]
+    for candidate in before:
         value = candidate.meta.get("val")
-        if isinstance(value, torch.SymInt) and _known(value) == wanted:
+        if isinstance(value, torch.SymInt) and known_size(value) == wanted:
             return candidate
-    for candidate in _before(node):
+    for candidate in before:
         value = candidate.meta.get("val")
         for dim, found in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if _known(found) == wanted:
+            if known_size(found) == wanted:
                 return insert(_aten.sym_size.int, candidate, dim)
     raise AssertionError(f"no node has the size {wanted}")
 

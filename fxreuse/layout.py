@@ -112,7 +112,7 @@ def way_of_values(program: Program, site: AttentionSite, context: int = 0) -> Wa
     """The way from the projection of values to the operand that the map is contracted with."""
     operand = program.node(site.nodes.values[context])
     reader = context_of(program, site, context)
-    through = _copies_between(operand, reader)
+    through = copies_between(operand, reader)
     axes = {axis: axis for axis in range(operand.meta["val"].dim())}
     channels, tokens = _roles_of_values(reader, through[-1])
     if len(through) > 1 and any(len(hints(node.meta["val"])) != len(axes) for node in through):
@@ -144,7 +144,7 @@ def context_of(program: Program, site: AttentionSite, context: int = 0) -> fx.No
         node = users[0]
 
 
-def _copies_between(operand: fx.Node, reader: fx.Node) -> list[fx.Node]:
+def copies_between(operand: fx.Node, reader: fx.Node) -> list[fx.Node]:
     """From the operand of an attention to what its product reads: repeated for grouped heads, or the operand itself."""
     chain = [operand]
     while chain[-1] not in reader.all_input_nodes:
@@ -368,7 +368,7 @@ def _roles_of_context(
     if product is None:
         rank = reader.meta["val"].dim()
         return frozenset({rank - 1}), frozenset({rank - 2})
-    values = _copies_between(program.node(site.nodes.values[context]), reader)[-1]
+    values = copies_between(program.node(site.nodes.values[context]), reader)[-1]
     labels, _, others = product.side(values)
     own = frozenset(axis for axis, label in enumerate(product.axes) if label in labels and label not in others)
     queries = frozenset(axis for axis, label in enumerate(product.axes) if label in others and label not in labels)
@@ -377,8 +377,10 @@ def _roles_of_context(
 
 def refused(site: AttentionSite, subject: str, node: fx.Node, reason: str) -> UnsupportedError:
     """An error that names site, node and source line."""
-    line = source_line(node)
-    return UnsupportedError(
-        f"{site}: {subject} cannot be told, since {node.name} ({node.target}) {reason}"
-        + (f" ({line})." if line else ".")
-    )
+    return UnsupportedError(f"{site}: {subject} cannot be told, since {named(node)} {reason}.")
+
+
+def named(node: fx.Node) -> str:
+    """A node by its name, its operator and the source line that it came from."""
+    parts = [str(node.target), source_line(node)]
+    return f"{node.name} ({', '.join(part for part in parts if part)})"

@@ -18,10 +18,14 @@ from fxreuse.projections import Projection, hints, is_move, read_projection, res
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """Where the kept rows of a projection go: the first node that has just them, and its arrangement."""
+    """Where the kept rows of a projection go: the first node that has just them, and its arrangement.
+
+    ``between`` are the nodes that are laid out anew or away.
+    """
 
     node: fx.Node
     arrangement: Arrangement
+    between: frozenset[fx.Node]
 
 
 def cut_projections(program: Program, followers: Sequence[AttentionSite]) -> dict[str, int]:
@@ -60,7 +64,8 @@ def _cut(program: Program, projection: Projection) -> dict[str, int]:
     gained = resize(program, projection, weight, bias)
     if kept is not None:
         with inserting_before(kept.node) as insert:
-            made = Layer(kept.arrangement, kept.node, insert).lay_out(projection.result, projection.feature)
+            layer = Layer(kept.arrangement, kept.node, insert, avoid=kept.between)
+            made = layer.lay_out(projection.result, projection.feature)
         take_place(made, kept.node)
     return {path: -count for path, count in gained.items()}
 
@@ -85,4 +90,6 @@ def _find_kept(projection: Projection) -> _Kept | None:
         return None
     node, tokens, rows = next(entry for entry in chain if len(entry[2].unique()) == fewest)
     found = arrange(tokens, rows, count)
-    return _Kept(node, found) if found is not None and fits(found, node) else None
+    if found is None or not fits(found, node):
+        return None
+    return _Kept(node, found, frozenset(entry[0] for entry in chain))
