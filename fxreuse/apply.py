@@ -17,10 +17,11 @@ from .find import find
 from .frontend import load_program
 from .passes.fold_modules import fold_modules
 from .passes.reuse import reuse
-from .plan import Plan, choose_stack
+from .plan import Plan
 from .program import Program
 from .record import Decision, Note, Record
 from .rewritten import Rewritten
+from .stack_choice import choose_stack
 from .target import captured_inputs, replace_submodule
 from .warn import warn_of_losses
 

@@ -35,6 +35,17 @@ class Groups(abc.ABC):
     def _assign(self, layers: int) -> tuple[int, ...]:
         """The leader of every layer, for a number of layers that fits."""
 
+    def head_counts(self, layers: int) -> tuple[int | None, ...]:
+        """The number of heads that each layer is to have; None where it keeps its own.
+
+        Args:
+            layers: the number of layers of the stack, one that fits.
+
+        >>> Open(2, heads=8).head_counts(3)
+        (8, 8, 8)
+        """
+        return (None,) * layers
+
     @property
     def extent(self) -> str:
         """The number of layers in words, for messages."""
@@ -65,6 +76,8 @@ class Groups(abc.ABC):
 class Uniform(Groups):
     """``4x3``: three groups of four layers. ``by`` in place of ``x`` is the papers' notation and means the same.
 
+    ``4(H8)x3`` gives every layer eight heads, of half the width if it had four.
+
     >>> Uniform(4, 3).leaders(12)
     (0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8)
     """
@@ -74,21 +87,26 @@ class Uniform(Groups):
     size: int
     count: int
     sign: str = dataclasses.field(default="x", compare=False)
+    heads: int | None = None
 
     def __post_init__(self) -> None:
         _check_size(self.size)
-        if self.count < 1:
-            raise PlanError(f"there is at least 1 group, found {self.count}")
+        _check_heads(self.heads)
+        _check_count(self.count)
         if self.sign not in ("x", "by"):
             raise PlanError(f"uniform groups are written with 'x' or 'by', found {self.sign!r}")
 
     def __str__(self) -> str:
-        return f"{self.size}{self.sign}{self.count}"
+        return f"{self.size}{_in_brackets(self.heads)}{self.sign}{self.count}"
 
     @property
     def layers(self) -> int:
         """Size times count."""
         return self.size * self.count
+
+    def head_counts(self, layers: int) -> tuple[int | None, ...]:
+        """The same for every layer."""
+        return (self.heads,) * layers
 
     def _assign(self, layers: int) -> tuple[int, ...]:
         return _chunks(self.size, layers)
@@ -105,12 +123,14 @@ class Open(Groups):
     form: ClassVar[str] = "2x* (to the end of the stack)"
 
     size: int
+    heads: int | None = None
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+        _check_heads(self.heads)
 
     def __str__(self) -> str:
-        return f"{self.size}x*"
+        return f"{self.size}{_in_brackets(self.heads)}x*"
 
     @property
     def layers(self) -> None:
@@ -130,39 +150,69 @@ class Open(Groups):
         """Whether the stack is long enough for a map to be shared at all."""
         return layers >= self._least
 
+    def head_counts(self, layers: int) -> tuple[int | None, ...]:
+        """The same for every layer."""
+        return (self.heads,) * layers
+
     def _assign(self, layers: int) -> tuple[int, ...]:
         return _chunks(self.size, layers)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes(Groups):
-    """``4+4+8``: the size of every group.
+class Run:
+    """``4(H8)x2``: two groups of four layers of eight heads each, as a part of `Sizes`.
 
-    >>> Sizes((1, 3)).leaders(4)
-    (0, 1, 1, 1)
+    >>> print(Run(4), Run(4, heads=8), Run(4, 2, 8))
+    4 4(H8) 4(H8)x2
     """
 
-    form: ClassVar[str] = "4+4+8 (sizes of groups)"
-
-    sizes: tuple[int, ...]
+    size: int
+    count: int = 1
+    heads: int | None = None
 
     def __post_init__(self) -> None:
-        for size in self.sizes:
-            _check_size(size)
-        if len(self.sizes) < 2:
-            raise PlanError(f"sizes are written for 2 or more groups, as in 4+4+8, found {len(self.sizes)}")
+        _check_size(self.size)
+        _check_count(self.count)
+        _check_heads(self.heads)
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.sizes))
+        return f"{self.size}{_in_brackets(self.heads)}" + (f"x{self.count}" if self.count > 1 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes(Groups):
+    """``4+4+8``, ``4(H8)x2+4(H4)x2``: the size of every group, and the heads of its layers.
+
+    >>> Sizes((Run(1), Run(3))).leaders(4)
+    (0, 1, 1, 1)
+    >>> Sizes((Run(1, 2, heads=8), Run(2))).head_counts(4)
+    (8, 8, None, None)
+    """
+
+    form: ClassVar[str] = "4+4+8 (sizes of groups), 4(H8)x2+4(H4)x2 (8 heads, then 4)"
+
+    runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.runs) < 2:
+            raise PlanError(f"sizes are written for 2 or more groups, as in 4+4+8, found {len(self.runs)}")
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.runs))
 
     @property
     def layers(self) -> int:
         """The sum of the sizes."""
-        return sum(self.sizes)
+        return sum(run.size * run.count for run in self.runs)
+
+    def head_counts(self, layers: int) -> tuple[int | None, ...]:
+        """As each run says."""
+        return tuple(run.heads for run in self.runs for _ in range(run.size * run.count))
 
     def _assign(self, layers: int) -> tuple[int, ...]:
-        starts = itertools.accumulate(self.sizes, initial=0)
-        return tuple(start for start, size in zip(starts, self.sizes, strict=False) for _ in range(size))
+        sizes = [run.size for run in self.runs for _ in range(run.count)]
+        starts = itertools.accumulate(sizes, initial=0)
+        return tuple(start for start, size in zip(starts, sizes, strict=False) for _ in range(size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +315,20 @@ def describe_fitting(layers: int) -> str:
 def _check_size(size: int) -> None:
     if size < 1:
         raise PlanError(f"a group has at least 1 layer, found {size}")
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise PlanError(f"there is at least 1 group, found {count}")
+
+
+def _check_heads(heads: int | None) -> None:
+    if heads is not None and heads < 1:
+        raise PlanError(f"a layer has at least 1 head, found {heads}")
+
+
+def _in_brackets(heads: int | None) -> str:
+    return "" if heads is None else f"(H{heads})"
 
 
 def _chunks(size: int, layers: int) -> tuple[int, ...]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 from .errors import PlanError
-from .groups import Groups, Leaders, Open, Pattern, Sizes, Uniform
+from .groups import Groups, Leaders, Open, Pattern, Run, Sizes, Uniform
 
 # As many digits as Python converts between int and str: whatever can be printed can be read.
 _NUMBER = r"(-?[0-9]{1,4300})"
+_HEADS = rf"(?:\(H{_NUMBER}\))?"
+_RUN = f"{_NUMBER}{_HEADS}(?:x{_NUMBER})?"
 
 FORMS: tuple[str, ...] = tuple(kind.form for kind in (Uniform, Open, Sizes, Pattern, Leaders))
 
@@ -19,8 +21,8 @@ def parse_groups(text: str) -> Groups:
     Raises:
         PlanError: no form is written like this, or the numbers in it cannot be.
 
-    >>> parse_groups("4+4+8")
-    Sizes(sizes=(4, 4, 8))
+    >>> parse_groups("4(H8)x2+8")
+    Sizes(runs=(Run(size=4, count=2, heads=8), Run(size=8, count=1, heads=None)))
     """
     groups = _read(text)
     if groups is not None:
@@ -32,12 +34,13 @@ def parse_groups(text: str) -> Groups:
 
 def _read(text: str) -> Groups | None:
     """The groups, or None where the text has none of the forms."""
-    if match := re.fullmatch(f"{_NUMBER}(x|by){_NUMBER}", text):
-        return Uniform(int(match[1]), int(match[3]), match[2])
-    if match := re.fullmatch(rf"{_NUMBER}x\*", text):
-        return Open(int(match[1]))
-    if re.fullmatch(rf"{_NUMBER}(\+{_NUMBER})+", text):
-        return Sizes(tuple(map(int, text.split("+"))))
+    if match := re.fullmatch(f"{_NUMBER}{_HEADS}(x|by){_NUMBER}", text):
+        return Uniform(int(match[1]), int(match[4]), match[3], _number(match[2]))
+    if match := re.fullmatch(rf"{_NUMBER}{_HEADS}x\*", text):
+        return Open(int(match[1]), _number(match[2]))
+    runs = [re.fullmatch(_RUN, part) for part in text.split("+")]
+    if len(runs) > 1 and all(runs):
+        return Sizes(tuple(Run(int(run[1]), int(run[3] or 1), _number(run[2])) for run in runs if run))
     if re.fullmatch("[FS]+", text):
         return Pattern(text)
     name, _, value = text.partition("=")
@@ -48,15 +51,20 @@ def _read(text: str) -> Groups | None:
     return Leaders(tuple(map(int, value.split(","))))
 
 
+def _number(digits: str | None) -> int | None:
+    return None if digits is None else int(digits)
+
+
 def _repair(text: str) -> str | None:
     """What a near miss was probably meant to be: the first of the usual slips that, once undone, can be read."""
     for slip, meant in (
         (r"[X×*-]", "x"),
         (r"(?i)by", "x"),
+        (r"[(\[]?[Hh]?(?<=[(\[Hh])([0-9]+)[)\]]?", r"(H\1)"),
         (r"([nN…]|\.\.\.)$", "*"),
         (r"[-,]", "+"),
         (r"^(leader|layers)?=?(?=[0-9]+,)", "leaders="),
-        (r"^([0-9]+)x?$", r"\1x*"),
+        (r"^([0-9]+(\(H[0-9]+\))?)x?$", r"\1x*"),
     ):
         candidate = re.sub(slip, meant, text)
         if candidate != text and _readable(candidate):

@@ -9,14 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxreuse.errors import PlanError
-from fxreuse.groups import Groups, Leaders, Open, Pattern, Sizes, Uniform, fitting
+from fxreuse.groups import Groups, Leaders, Open, Pattern, Run, Sizes, Uniform, fitting
 from fxreuse.groups_text import parse_groups
-from fxreuse.plan import Plan, Reuse, choose_stack
+from fxreuse.plan import Plan, Reuse
+from fxreuse.plan_options import DTYPES, Match
+from fxreuse.stack_choice import choose_stack
 
 FORMS = (
     "4x4 or 4by4 (4 layers a group, 4 groups), 2x* (to the end of the stack), 4+4+8 (sizes of groups), "
-    "FSSSFSSS (F computes, S shares), leaders=0,0,2,2 (leader of every layer)"
+    "4(H8)x2+4(H4)x2 (8 heads, then 4), FSSSFSSS (F computes, S shares), leaders=0,0,2,2 (leader of every layer)"
 )
+OPTIONS = "stack=NAME, values=2, ffn=864|match|match:PLAN, lowering=auto|materialize|recompute, dtype=fp32|bf16|fp16"
 BART = {
     "encoder.layers.{i}.self_attn·self": 12,
     "decoder.layers.{i}.self_attn·self": 6,
@@ -36,15 +39,30 @@ def leaders(draw: st.DrawFn) -> Leaders:
     return Leaders(tuple(chosen))
 
 
+heads = st.none() | st.integers(1, 16)
 groups = st.one_of(
-    st.builds(Uniform, sizes, sizes, st.sampled_from(["x", "by"])),
-    st.builds(Open, sizes),
-    st.builds(Sizes, st.lists(sizes, min_size=2, max_size=8).map(tuple)),
+    st.builds(Uniform, sizes, sizes, st.sampled_from(["x", "by"]), heads),
+    st.builds(Open, sizes, heads),
+    st.builds(Sizes, st.lists(st.builds(Run, sizes, st.integers(1, 4), heads), min_size=2, max_size=8).map(tuple)),
     st.builds(Pattern, letters),
     leaders(),
 )
-reuses = st.builds(Reuse, groups, st.none() | names, st.sampled_from(["auto", "materialize", "recompute"]))
-plans = st.lists(reuses, min_size=1, max_size=4).map(lambda passes: Plan(tuple(passes)))
+
+
+@st.composite
+def reuses(draw: st.DrawFn) -> Reuse:
+    lowering = draw(st.sampled_from(["auto", "materialize", "recompute"]))
+    return Reuse(
+        draw(groups),
+        stack=draw(st.none() | names),
+        values=draw(st.integers(1, 4)),
+        ffn=draw(st.none() | st.integers(1, 5000) | st.builds(Match, st.none() | groups)),
+        lowering=lowering,
+        dtype=None if lowering == "recompute" else draw(st.sampled_from([None, *DTYPES])),
+    )
+
+
+plans = st.lists(reuses(), min_size=1, max_size=4).map(lambda passes: Plan(tuple(passes)))
 
 
 @given(plans)
@@ -73,6 +91,14 @@ def test_leaders_lead_themselves_and_come_first(form: Groups, layers: int) -> No
     assert Leaders(found).leaders(layers) == found
 
 
+@given(groups, st.integers(1, 60))
+def test_the_layers_of_a_group_have_as_many_heads(form: Groups, layers: int) -> None:
+    layers = form.layers or max(layers, 2)
+    counts, found = form.head_counts(layers), form.leaders(layers)
+    assert len(counts) == layers
+    assert all(counts[layer] == counts[leader] for layer, leader in enumerate(found))
+
+
 @given(groups, st.integers(0, 60))
 def test_leaders_fit_or_are_refused_with_both_numbers(form: Groups, layers: int) -> None:
     if form.fits(layers):
@@ -92,7 +118,7 @@ def test_what_is_offered_fits(layers: int) -> None:
     assert all(parse_groups(text).fits(layers) for text in offered)
 
 
-@given(st.text("4x*+FSby,=leaders |reuse0-", max_size=30))
+@given(st.text("4x*+FSby,=leaders |reuse0-(H):match", max_size=30))
 def test_any_text_is_a_plan_or_a_plan_error(text: str) -> None:
     try:
         plan = Plan.parse(text)
@@ -112,6 +138,8 @@ def test_any_text_is_a_plan_or_a_plan_error(text: str) -> None:
         ("4x*", 3, (0, 0, 0)),
         ("1x*", 1, (0,)),
         ("1+3+2", 6, (0, 1, 1, 1, 4, 4)),
+        ("2(H8)x2+2(H4)", 6, (0, 0, 2, 2, 4, 4)),
+        ("2(H8)by2", 4, (0, 0, 2, 2)),
         ("FSSSFSSF", 8, (0, 0, 0, 0, 4, 4, 4, 7)),
         ("F", 1, (0,)),
         ("leaders=0,0,2,2", 4, (0, 0, 2, 2)),
@@ -124,10 +152,53 @@ def test_leaders(text: str, layers: int, expected: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "layers"), [("4x4", 16), ("2x*", None), ("4+4+8", 16), ("FSS", 3), ("leaders=0,0", 2)]
+    ("text", "layers"), [("4x4", 16), ("2x*", None), ("4+4+8", 16), ("4(H8)x2+8", 16), ("FSS", 3), ("leaders=0,0", 2)]
 )
 def test_layers(text: str, layers: int | None) -> None:
     assert parse_groups(text).layers == layers
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("2x2", (None,) * 4),
+        ("2(H8)x2", (8,) * 4),
+        ("2(H8)by2", (8,) * 4),
+        ("3(H2)x*", (2,) * 4),
+        ("1(H2)x2+2(H4)", (2, 2, 4, 4)),
+        ("1+1(H1)+2", (None, 1, None, None)),
+        ("FSFS", (None,) * 4),
+        ("leaders=0,0,2,2", (None,) * 4),
+    ],
+)
+def test_heads(text: str, counts: tuple[int | None, ...]) -> None:
+    assert parse_groups(text).head_counts(4) == counts
+    assert str(parse_groups(text)) == text
+
+
+# Table 2 of the ICLR paper, row by row, as it is written there.
+TABLE_2 = [
+    ("1(H4)x16", [4] * 16, 16),
+    ("2(H4)x8", [4] * 16, 8),
+    ("4(H8)+4(H8)+4(H8)+4(H8)", [8] * 16, 4),
+    ("4(H2)+4(H2)+4(H4)+4(H4)", [2] * 8 + [4] * 8, 4),
+    ("4(H4)+4(H4)+4(H4)+4(H4)", [4] * 16, 4),
+    ("4(H8)+4(H8)+4(H4)+4(H4)", [8] * 8 + [4] * 8, 4),
+    ("4(H4)+4(H4)+4(H2)+4(H2)", [4] * 8 + [2] * 8, 4),
+    ("4(H4)+4(H4)+4(H8)+4(H8)", [4] * 8 + [8] * 8, 4),
+    ("4(H4)+4(H4)+8(H4)", [4] * 16, 3),
+    ("8(H4)+4(H4)+4(H4)", [4] * 16, 3),
+    ("8(H4)+8(H4)", [4] * 16, 2),
+    ("8(H8)+8(H8)", [8] * 16, 2),
+]
+
+
+@pytest.mark.parametrize(("text", "counts", "leading"), TABLE_2)
+def test_every_row_of_the_paper_can_be_written(text: str, counts: list[int], leading: int) -> None:
+    groups = parse_groups(text)
+    assert str(groups) == text
+    assert list(groups.head_counts(16)) == counts
+    assert len(set(groups.leaders(16))) == leading
 
 
 def test_equality_is_by_value() -> None:
@@ -136,6 +207,8 @@ def test_equality_is_by_value() -> None:
     assert len({Plan.parse("2by6"), Plan.parse("reuse 2x6 lowering=auto")}) == 1
     assert Plan.parse("2x6") != Plan.parse("6x2")
     assert Plan.parse("4x4 | 2x*") == Plan((Reuse(Uniform(4, 4)), Reuse(Open(2))))
+    assert Plan.parse("4x4 ffn=match:2by8 values=1") == Plan.parse("4x4 ffn=match:2x8")
+    assert Plan.parse("4(H8)x4") != Plan.parse("4x4")
     assert Plan.parse("4x4|2x*") == Plan.parse(" 4x4 |  reuse 2x* ")
 
 
@@ -152,8 +225,7 @@ def test_of_takes_plans_and_text() -> None:
     [
         (
             "",
-            f"plan '' is empty; write groups, such as {FORMS}, "
-            "then options: stack=NAME, lowering=auto|materialize|recompute",
+            f"plan '' is empty; write groups, such as {FORMS}, then options: {OPTIONS}",
         ),
         ("4x4 |", "plan '4x4 |', '|' at character 5: a pass is missing after it"),
         ("| 4x4", "plan '| 4x4', '|' at character 1: a pass is missing before it"),
@@ -188,15 +260,16 @@ def test_of_takes_plans_and_text() -> None:
             "plan 'leaders=0, 0', 'leaders=0,' at character 1: "
             "leaders= takes indices and commas, no spaces, as in leaders=0,0,2,2, found '0,'",
         ),
+        ("4x4 k=3", f"plan '4x4 k=3', 'k=3' at character 5: unknown option; options are {OPTIONS}"),
         (
-            "4x4 values=2",
-            "plan '4x4 values=2', 'values=2' at character 5: "
-            "unknown option; options are stack=NAME, lowering=auto|materialize|recompute",
+            "4x4 value=2",
+            "plan '4x4 value=2', 'value=2' at character 5: "
+            f"unknown option (did you mean values?); options are {OPTIONS}",
         ),
         (
             "4x4 stak=encoder",
             "plan '4x4 stak=encoder', 'stak=encoder' at character 5: "
-            "unknown option (did you mean stack?); options are stack=NAME, lowering=auto|materialize|recompute",
+            f"unknown option (did you mean stack?); options are {OPTIONS}",
         ),
         (
             "4x4 lowering=recomput",
@@ -213,6 +286,54 @@ def test_of_takes_plans_and_text() -> None:
             "4x4 recompute",
             "plan '4x4 recompute', 'recompute' at character 5: "
             "an option is written name=value (did you mean lowering=recompute?)",
+        ),
+        (
+            "4x4 values=0",
+            "plan '4x4 values=0', 'values=0' at character 5: "
+            "values= is how many times as wide the values of followers become, 1 or more, found 0",
+        ),
+        (
+            "4x4 values=1.5",
+            "plan '4x4 values=1.5', 'values=1.5' at character 5: values= takes a whole number, found '1.5'",
+        ),
+        (
+            "4x4 ffn=-8",
+            "plan '4x4 ffn=-8', 'ffn=-8' at character 5: ffn= is the width of the feed-forward layers, "
+            "1 or more, found -8",
+        ),
+        (
+            "2x* | 4x4 ffn=mach:2x8",
+            "plan '2x* | 4x4 ffn=mach:2x8', 'ffn=mach:2x8' at character 11: ffn= takes a width, match or match:PLAN, "
+            "as in ffn=match:2x6, found 'mach:2x8' (did you mean match?)",
+        ),
+        (
+            "4x4 ffn=match:0x8",
+            "plan '4x4 ffn=match:0x8', 'ffn=match:0x8' at character 5: a group has at least 1 layer, found 0",
+        ),
+        (
+            "4x4 ffn=match:",
+            "plan '4x4 ffn=match:', 'ffn=match:' at character 5: neither a pass nor groups; "
+            f"the pass is reuse, groups are such as {FORMS}",
+        ),
+        (
+            "4x4 dtype=bfloat16",
+            "plan '4x4 dtype=bfloat16', 'dtype=bfloat16' at character 5: dtype= takes one of fp32, bf16, fp16, "
+            "found 'bfloat16' (did you mean bf16?)",
+        ),
+        (
+            "4x4 dtype=bf16 lowering=recompute",
+            "plan '4x4 dtype=bf16 lowering=recompute', 'lowering=recompute' at character 16: dtype= is that of a "
+            "stored map, and lowering=recompute stores none; leave one of the two out",
+        ),
+        ("4(H0)x4", "plan '4(H0)x4', '4(H0)x4' at character 1: a layer has at least 1 head, found 0"),
+        ("4(H8)x0+4", "plan '4(H8)x0+4', '4(H8)x0+4' at character 1: there is at least 1 group, found 0"),
+        (
+            "4(H8) + 4(H4)",
+            "plan '4(H8) + 4(H4)', '+' at character 7: groups are written without spaces, as in 4(H8)+4(H4)",
+        ),
+        (
+            "4(H8)x2 + 4(H4)x2",
+            "plan '4(H8)x2 + 4(H4)x2', '+' at character 9: groups are written without spaces, as in 4(H8)+4(H4)",
         ),
         ("4x4 2x*", "plan '4x4 2x*', '2x*' at character 5: a pass has groups once; passes are separated by '|'"),
         ("reuse", f"plan 'reuse', 'reuse' at character 1: groups are missing after it, such as {FORMS}"),
@@ -259,6 +380,11 @@ def test_what_cannot_be_read(text: str, message: str) -> None:
         ("leader=0,0", "leaders=0,0"),
         ("fssf", "FSSF"),
         ("4", "4x*"),
+        ("4(H8)", "4(H8)x*"),
+        ("4(h8)x4", "4(H8)x4"),
+        ("4H8x4", "4(H8)x4"),
+        ("4[8]x4", "4(H8)x4"),
+        ("4(8)+4(4)", "4(H8)+4(H4)"),
         ("4x", "4x*"),
     ],
 )
@@ -270,7 +396,11 @@ def test_near_misses_are_named(text: str, meant: str) -> None:
 
 def test_values_are_checked_without_text_too() -> None:
     with pytest.raises(PlanError, match="2 or more groups, as in 4"):
-        Sizes((4,))
+        Sizes((Run(4),))
+    with pytest.raises(PlanError, match="at least 1 head, found -1"):
+        Open(2, heads=-1)
+    with pytest.raises(PlanError, match=r"values= is .*, 1 or more, found 1\.5"):
+        Reuse(Open(2), values=1.5)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="letters F and S, found 'FX'"):
         Pattern("FX")
     with pytest.raises(PlanError, match="found none"):
@@ -365,6 +495,12 @@ def test_stacks_too_short_to_share_do_not_make_an_open_plan_ambiguous() -> None:
             "2x2 stack=encoder",
             BART,
             "plan '2x2 stack=encoder' is for 4 layers, found 12 layers in stack encoder.layers.{i}.self_attn·self; "
+            "plans for 12 layers: 2x6, 3x4, 4x3, 2x*",
+        ),
+        (
+            "2x* ffn=match:2x5",
+            {"layers.{i}·self": 12},
+            "plan '2x* ffn=match:2x5': ffn=match:2x5 is for 10 layers, found 12 layers in stack layers.{i}·self; "
             "plans for 12 layers: 2x6, 3x4, 4x3, 2x*",
         ),
         ("2x*", {}, "plan '2x*': the model has no stack of attentions to lay it over"),

@@ -1,0 +1,94 @@
+"""Which stack of a model a plan is laid over, and what to say where that is not clear."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+
+from .errors import PlanError
+from .groups import count_layers, describe_fitting, fitting
+from .plan import Reuse
+from .plan_options import Match
+
+
+def choose_stack(reuse: Reuse, stacks: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
+    """The stack that a reuse pass is laid over, and the leader of each of its layers.
+
+    Args:
+        reuse: the pass. Its ``stack`` may be a name or whatever part of a name only one stack has: how it begins,
+            some of its dotted components, or any piece of it, in this order.
+        stacks: the number of layers of every stack.
+
+    Raises:
+        PlanError: no such stack, none or several that fit, or another number of layers.
+
+    >>> from fxreuse import Plan
+    >>> choose_stack(Plan.parse("2x*").passes[0], {"encoder.layer.{i}·self": 3})
+    ('encoder.layer.{i}·self', (0, 0, 2))
+    """
+    if not stacks:
+        raise PlanError(f"plan {str(reuse)!r}: the model has no stack of attentions to lay it over")
+    name = _fitting_stack(reuse, stacks) if reuse.stack is None else _named_stack(reuse, reuse.stack, stacks)
+    layers = stacks[name]
+    if not reuse.groups.fits(layers):
+        raise PlanError(
+            f"plan {str(reuse)!r} is for {reuse.groups.extent}, found {count_layers(layers)} in stack {name}; "
+            + describe_fitting(layers)
+        )
+    matched = reuse.ffn.groups if isinstance(reuse.ffn, Match) else None
+    if matched is not None and not matched.fits(layers):
+        raise PlanError(
+            f"plan {str(reuse)!r}: ffn=match:{matched} is for {matched.extent}, found {count_layers(layers)} in stack "
+            f"{name}; {describe_fitting(layers)}"
+        )
+    return name, reuse.groups.leaders(layers)
+
+
+def _named_stack(reuse: Reuse, wanted: str, stacks: Mapping[str, int]) -> str:
+    """The one stack that a name means."""
+    if wanted in stacks:
+        return wanted
+    prefixed = [name for name in stacks if name.startswith(wanted)]
+    component = [name for name in stacks if f".{wanted}." in f".{name}.".replace("·", ".")]
+    containing = [name for name in stacks if wanted in name]
+    for matches in (prefixed, component, containing):
+        if len(matches) == 1:
+            return matches[0]
+    if containing:
+        raise PlanError(
+            f"plan {str(reuse)!r}: stack={wanted} may mean any of these stacks; give more of the name, as in "
+            f"{_with_stack(reuse, containing[0])!r}\n" + _table({name: stacks[name] for name in containing})
+        )
+    pieces = {piece: name for name in stacks for piece in (name, *re.split(r"[.·]", name))}
+    near = difflib.get_close_matches(wanted, pieces, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise PlanError(f"plan {str(reuse)!r}: no stack is called {wanted}{hint}; the stacks are\n" + _table(stacks))
+
+
+def _fitting_stack(reuse: Reuse, stacks: Mapping[str, int]) -> str:
+    """The only stack that the groups fit, or the only one there is."""
+    fits = [name for name, layers in stacks.items() if reuse.groups.fits(layers)]
+    if len(stacks) == 1:
+        return next(iter(stacks))
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise PlanError(
+            f"plan {str(reuse)!r} fits {len(fits)} stacks; say which, as in {_with_stack(reuse, fits[0])!r}; they are\n"
+            + _table({name: stacks[name] for name in fits})
+        )
+    raise PlanError(
+        f"plan {str(reuse)!r} is for {reuse.groups.extent}; no stack has as many; the stacks are\n" + _table(stacks)
+    )
+
+
+def _with_stack(reuse: Reuse, name: str) -> str:
+    return str(dataclasses.replace(reuse, stack=name))
+
+
+def _table(stacks: Mapping[str, int]) -> str:
+    """A line for each stack: its name, its layers, and plans that fit."""
+    rows = [f"  {name}: {count_layers(layers)}, takes {', '.join(fitting(layers))}" for name, layers in stacks.items()]
+    return "\n".join(rows)
