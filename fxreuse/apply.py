@@ -16,7 +16,7 @@ from .errors import FxReuseError, PlanError, UnsupportedError
 from .find import find
 from .frontend import load_program
 from .passes.fold_modules import fold_modules
-from .passes.reuse import reuse
+from .passes.lay_reuse import lay_reuse
 from .plan import Plan
 from .program import Program
 from .record import Decision, Note, Record
@@ -94,17 +94,19 @@ def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Progr
     stacks = {name: len(members) for name, members in sites.stacks.items()}
     decisions: tuple[Decision, ...] = ()
     removed: dict[str, int] = {}
+    added: dict[str, int] = {}
     buffers: tuple[str, ...] = ()
     for step in plan.passes:
         name, leaders = choose_stack(step, stacks)
         if any(decision.stack == name for decision in decisions):
             raise PlanError(f"plan {str(plan)!r} names the stack {name} twice; give every stack one part of the plan.")
-        result = reuse(program, sites.stacks[name], leaders, step.lowering)
+        result = lay_reuse(program, sites.stacks[name], leaders, step)
         program = keep_leaders(result.program, result.decisions, sites)
         decisions += result.decisions
         removed |= result.removed
+        added |= result.added
         buffers += result.buffers_removed
-    record = Record(str(plan), stacks, decisions, removed, {}, buffers_removed=buffers)
+    record = Record(str(plan), stacks, decisions, removed, added, buffers_removed=buffers)
     return program, record
 
 
