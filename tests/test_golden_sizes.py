@@ -1,0 +1,71 @@
+"""The papers' sizes, to the last digit: plans applied to the models that they start from.
+
+A model is captured once for all its rows: no pass changes the program that it is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from models.hubert_student import HubertStudent, frames
+
+import fxreuse
+from fxreuse.program import Program
+
+# The module: its name in the package is that of the function.
+apply_module = importlib.import_module("fxreuse.apply")
+
+# Table 2 of Recycle-and-Distill, and its MaskHuBERT and ARMHuBERT: width, feed-forward width, plan, parameters, and the
+# feed-forward width that comes out.
+ARMHUBERT = [
+    (432, 816, "6by2", 20_897_632, 816),
+    (432, 816, "3by4", 21_645_856, 816),
+    (432, 816, "2by6", 22_394_080, 816),
+    (432, 816, "1x12", 24_638_752, 816),
+    (432, 816, "6by2 ffn=match:2by6", 22_392_352, 960),
+    (432, 816, "3by4 ffn=match:2by6", 22_393_216, 888),
+    (480, 640, "1x12", 26_635_840, 640),
+    (480, 640, "2by6 ffn=864", 26_448_448, 864),
+]
+
+Captured = tuple[torch.nn.Module, Program]
+
+
+def applied(captured: Captured, plan: str) -> torch.nn.Module:
+    """What `fxreuse.apply` makes of a captured model."""
+    model, program = captured
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply_module, "load_program", lambda *_: program)
+        return fxreuse.apply(model, plan)
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def students() -> dict[tuple[int, int], Captured]:
+    """The students without weights: sizes are all that is asked."""
+    made = {}
+    with torch.device("meta"):
+        inputs = torch.zeros(2, 3000), torch.zeros(2, frames(3000), dtype=torch.bool)
+        for sizes in ((432, 816), (480, 640)):
+            model = HubertStudent(*sizes).eval()
+            made[sizes] = model, apply_module.load_program(model, inputs)
+    return made
+
+
+@pytest.mark.parametrize(("dim", "width", "plan", "parameters", "wider"), ARMHUBERT)
+def test_armhubert(students, dim, width, plan, parameters, wider):
+    model, program = students[dim, width]
+    small = applied((model, program), plan)
+    record = fxreuse.describe(small)
+    assert count(small) == parameters
+    assert count(model) - record.parameters_removed + record.parameters_added == parameters
+    linear = {name: part for name, part in small.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert {part.out_features for name, part in linear.items() if name.endswith("fc1")} == {wider}
+    assert {part.in_features for name, part in linear.items() if name.endswith("fc2")} == {wider}
+    followers = [decision for decision in record.decisions if decision.action == "follow"]
+    assert record.parameters_removed == len(followers) * 2 * (dim * dim + dim)
