@@ -36,7 +36,7 @@ _SIZES = {
     torch.ops.aten.sym_numel.default,
     torch.ops.aten._assert_tensor_metadata.default,
 }
-# A slice that takes all of a tensor is left out at fixed sizes; a copy where a kernel is thought to return such strides.
+# A slice that takes all of a tensor is left out at fixed sizes, and copies by the strides that a kernel returns.
 _PASSED_THROUGH = {
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.contiguous.default,
@@ -96,12 +96,10 @@ class _Calls:
         for node in module.graph.nodes:
             if node.op == "get_attr" and isinstance(region := getattr(module, str(node.target), None), fx.GraphModule):
                 self._read(region)
-                self.outer.update(
-                    pair for call in node.users if call.target in _INLINED for pair in _edges(region, call)
-                )
-            elif node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-                if node.target not in _SIZES | _PASSED_THROUGH:
-                    self.nodes.append(node)
+                for call in node.users:
+                    self.outer.update(_edges(region, call) if call.target in _INLINED else ())
+            elif isinstance(node.target, torch._ops.OpOverload) and node.target not in _SIZES | _PASSED_THROUGH:
+                self.nodes.append(node)
 
     def same(self, node: fx.Node) -> fx.Node:
         """The node that gives the value, on whichever side of the boundaries of regions."""
@@ -175,6 +173,8 @@ def _uncast(
     while source.target is _TO and (cast := twin_of.get(source)) is not None:
         before = _operand(source)
         if twins.origin(_operand(cast)) is twin_origin:
+            while before.graph is not read.graph and before in calls.outer:
+                before = calls.outer[before]
             return before if before.graph is read.graph else read
         source = calls.same(before)
     return read

@@ -329,6 +329,20 @@ def after_casts_there_and_back(self: Body, x: torch.Tensor) -> Any:
     return wide * 2, wide.to(x.dtype), h.pow(2).float(), h + 1
 
 
+def sliced_beside_its_cast(self: Body, x: torch.Tensor) -> Any:
+    h = self.linear(x)
+    wide = h.float()
+    return wide / 3, h[:, : x.shape[1]] / 3, wide[:, : x.shape[1]] / 3, h[:, :2].contiguous() / 3
+
+
+def cast_inside_a_region(self: Body, x: torch.Tensor) -> Any:
+    h = self.linear(x)
+    with torch.no_grad():
+        wide = h.float()
+        share, rest = wide / 3, h / 3
+    return h * rest, share
+
+
 def made_in_float(self: Body, x: torch.Tensor) -> Any:
     fixed = torch.zeros(6, dtype=torch.float32, device=x.device) + 1 / 3
     own = torch.full((6,), 1 / 3, dtype=x.dtype, device=x.device)
@@ -337,7 +351,17 @@ def made_in_float(self: Body, x: torch.Tensor) -> Any:
 
 @pytest.mark.parametrize("length", [5, 7])
 @pytest.mark.parametrize(
-    "forward", [rms_norm, float_softmax, beside_its_cast, after_casts_there_and_back, made_in_float, factories]
+    "forward",
+    [
+        rms_norm,
+        float_softmax,
+        beside_its_cast,
+        after_casts_there_and_back,
+        sliced_beside_its_cast,
+        cast_inside_a_region,
+        made_in_float,
+        factories,
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_another_dtype_means_what_it_means_for_the_original(forward: Forward, length: int, dtype: torch.dtype) -> None:
