@@ -104,7 +104,8 @@ class _Probe:
         self.model, self.args, self.kwargs = model, args, kwargs
         self.paths = {module: path for path, module in model.named_modules()}
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        self.evaluation = functools.cache(functools.partial(self.run, ()))
+        self._fake = functools.cache(self.fakes.from_tensor)
+        self.evaluation = functools.cache(self._evaluation)
         self.ways: tuple[bool, ...] = (True, False)
         try:
             self.evaluation(_HIGH, True)
@@ -122,6 +123,8 @@ class _Probe:
 
         args, kwargs = pytree.tree_map(own, (self.args, dict(self.kwargs)))
         with untouched(self.model), torch.set_grad_enabled(fake), self.fakes if fake else contextlib.nullcontext():
+            if fake:
+                self._put_fake_parameters()
             _seed()
             for module in self.paths:
                 module.training = False
@@ -129,9 +132,22 @@ class _Probe:
                 module.training = True
             return record(self.model, args, kwargs, draw)
 
+    def _evaluation(self, draw: float, fake: bool) -> Flow:
+        """The run in evaluation mode. Where it takes no random number, it is the same whatever they are."""
+        if draw != _HIGH and not self.evaluation(_HIGH, fake).trace.drew:
+            return self.evaluation(_HIGH, fake)
+        return Flow(self.run((), draw, fake))
+
+    def _put_fake_parameters(self) -> None:
+        """Fake parameters in place of real ones: made once, where a run would make them anew for every operator."""
+        for module in self.paths:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = self._fake(parameter)
+
     def facts(self, kept_whole: Mapping[str, torch.nn.Module]) -> TrainingFacts:
         """What all modules do that a capture does not keep whole."""
-        evaluation = Flow(self.evaluation(_HIGH, self.ways[0]))
+        evaluation = self.evaluation(_HIGH, self.ways[0])
         attention = evaluation.attentions()
         functional = {(event.path, event.order): event.probability for event, _ in evaluation.dropouts()}
         layerdrop: dict[str, float] = {}
@@ -187,7 +203,7 @@ class _Probe:
         runs = {_HIGH: self.run(modules, _HIGH, fake)}
         if runs[_HIGH].drew:
             runs[_LOW] = self.run(modules, _LOW, fake)
-        pairs = {draw: (Flow(self.evaluation(draw, fake)), Flow(run)) for draw, run in runs.items()}
+        pairs = {draw: (self.evaluation(draw, fake), Flow(run)) for draw, run in runs.items()}
         steady = [draw for draw, pair in pairs.items() if same(*pair)]
         finding = _Finding()
         try:
@@ -208,9 +224,10 @@ class _Probe:
         """The probability with which each layer is skipped that a random number of ``skipping`` makes go away."""
 
         def skipped(draw: float, run: Trace) -> list[str]:
-            paths = skipped_calls(self.evaluation(draw, fake), run)
-            if not paths and not same(Flow(self.evaluation(draw, fake)), Flow(run)):
-                raise _Unexplained(*what_differs(Flow(self.evaluation(draw, fake)), Flow(run)))
+            evaluation, training = self.evaluation(draw, fake), Flow(run)
+            paths = skipped_calls(evaluation.trace, run)
+            if not paths and not same(evaluation, training):
+                raise _Unexplained(*what_differs(evaluation, training))
             return paths
 
         layers = skipped(skipping, runs[skipping])
