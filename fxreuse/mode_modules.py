@@ -55,7 +55,9 @@ def mode_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 @contextlib.contextmanager
-def marked(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Module]]:
+def marked(
+    model: torch.nn.Module, marker: Callable[[torch.Tensor, str], torch.Tensor] = mode_module
+) -> Iterator[dict[str, torch.nn.Module]]:
     """While active, a call of one of `mode_modules` gives the operator ``fxreuse::mode_module`` instead of running.
 
     A module that is called in a way that the operator cannot stand for (several arguments, a result of another shape
@@ -64,6 +66,7 @@ def marked(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Module]]:
 
     Arguments:
         model: the model, in evaluation mode.
+        marker: another function of the tensor and the path, in place of that operator.
 
     Yields:
         The marked modules by path.
@@ -78,7 +81,7 @@ def marked(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Module]]:
     originals = [(module, module.__dict__.get("forward")) for module in modules.values()]
     try:
         for path, module in list(modules.items()):
-            module.forward = _marker(path, module, modules)
+            module.forward = _marked_forward(path, module, modules, marker)
         yield modules
     finally:
         for module, original in originals:
@@ -87,7 +90,12 @@ def marked(model: torch.nn.Module) -> Iterator[dict[str, torch.nn.Module]]:
                 module.__dict__["forward"] = original
 
 
-def _marker(path: str, module: torch.nn.Module, modules: dict[str, torch.nn.Module]) -> Callable[..., Any]:
+def _marked_forward(
+    path: str,
+    module: torch.nn.Module,
+    modules: dict[str, torch.nn.Module],
+    marker: Callable[[torch.Tensor, str], torch.Tensor],
+) -> Callable[..., Any]:
     """The ``forward`` that a marked module has meanwhile."""
     own = module.forward
     known = "forward" not in module.__dict__ and type(module).forward.__module__ in _KNOWN
@@ -99,7 +107,7 @@ def _marker(path: str, module: torch.nn.Module, modules: dict[str, torch.nn.Modu
             return own(*args, **kwargs)
         (x,) = args
         if known:
-            return mode_module(x, path)
+            return marker(x, path)
         if torch.compiler.is_dynamo_compiling():
             result, works = own(x), suspicious
         else:
@@ -109,7 +117,7 @@ def _marker(path: str, module: torch.nn.Module, modules: dict[str, torch.nn.Modu
         if works or not _alike(x, result):
             modules.pop(path, None)
             return result
-        return mode_module(x, path)
+        return marker(x, path)
 
     return forward
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+
+# By graph, the values of calls by operator and arguments: layers repeat, and what free sizes give takes long to infer.
+_values: weakref.WeakKeyDictionary[fx.Graph, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
 # Operators whose absence can be noticed although nobody reads their result.
 _MUTATING = {torch.ops.aten.copy_.default, torch.ops.aten.set_.default}
@@ -38,12 +43,46 @@ def call(
         value = evaluate(graph.owning_module.get_submodule(target), args, kwargs)
     else:
         made = graph.call_function(target, args, kwargs)
-        value = evaluate(target, args, kwargs)
+        value = _known_value(graph, target, args, kwargs)
     for key in ("nn_module_stack", "stack_trace"):
         if key in like.meta:
             made.meta[key] = like.meta[key]
     made.meta["val"] = value
     return made
+
+
+def _known_value(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The value of a call, from the last call of the same operator over like values where there was one."""
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return evaluate(target, args, kwargs)
+    try:
+        key = (target, _form(args), _form(tuple(kwargs.items())))
+    except _Formless:
+        return evaluate(target, args, kwargs)
+    known = _values.setdefault(graph, {})
+    if key not in known:
+        known[key] = evaluate(target, args, kwargs)
+    return known[key]
+
+
+class _Formless(Exception):
+    """An argument that has no `_form`."""
+
+
+def _form(value: Any) -> Hashable:
+    """What decides the value of a call about one of its arguments: of a tensor, all but its elements."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_form, value))
+    if isinstance(value, FakeTensor) and value.constant is None:
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return (value.ndim, *map(_form, sizes), value.dtype, value.device, value.requires_grad)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return (type(value), value.node.expr)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.memory_format)):
+        return (type(value), value)
+    raise _Formless
 
 
 def evaluate(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -71,7 +71,7 @@ def probe(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     ({('self_attn', 0): 0.2}, ())
     """
     try:
-        with one_module_per_path(model), marked(model) as kept_whole, _quiet():
+        with one_module_per_path(model), marked(model, _copied) as kept_whole, _quiet():
             return _Probe(model, args, kwargs).facts(kept_whole)
     except Exception as error:
         text = f"what it does in training mode could not be found out: {_said(error)}"
@@ -288,6 +288,11 @@ def _most_attentions(trace: Trace, without: Sequence[str]) -> str:
 
 def _inside(path: str, outer: str) -> bool:
     return path == outer or path.startswith(outer + ".")
+
+
+def _copied(x: torch.Tensor, path: str) -> torch.Tensor:
+    """Stands in for a module that is kept whole: a tensor of its own, as an operator would give."""
+    return x.clone()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+_CONTAINERS = (dict, list, set)
+
 
 @contextlib.contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
@@ -27,7 +29,7 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [(module, dict(module.__dict__)) for module in modules]
     values = [value for module in modules for value in (*module.__dict__.values(), *module._buffers.values())]
-    containers = [(value, copy.copy(value)) for value in values if isinstance(value, (dict, list, set))]
+    containers = [(value, copy.copy(value) if value else ()) for value in values if isinstance(value, _CONTAINERS)]
     tensors = [(value, value.detach().clone()) for value in values if isinstance(value, torch.Tensor)]
     try:
         with _generators_kept(model):

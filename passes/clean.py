@@ -11,6 +11,8 @@ from torch import fx
 from fxreuse.nodes import argument, is_call, remove_dead, replace
 from fxreuse.program import Program
 
+from .steps import Pass
+
 _END = 2**63 - 1
 _ALIASES = (
     torch.ops.aten.lift_fresh_copy.default,
@@ -19,22 +21,20 @@ _ALIASES = (
 )
 
 
-def clean(program: Program) -> Program:
+@Pass
+def clean(program: Program) -> None:
     """Fold no-op nodes and erase dead ones, random draws and assertions among them. Exact tier.
 
     Sound because each fold returns a value that is equal to the bit, and because an erased node was read by nobody and
     wrote nothing. In-place operators are functional by now, so that sharing a value cannot be noticed; a graph that
     still has one keeps the copies of constants.
     """
-    program = program.copy()
     writes = any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in program.graph.nodes)
     for node in list(program.graph.nodes):
         same = _same_value(node, keep_copies=writes)
         if same is not None:
             replace(node, same)
     remove_dead(program.graph)
-    program.module.recompile()
-    return program
 
 
 def _same_value(node: fx.Node, keep_copies: bool) -> fx.Node | None:

@@ -11,6 +11,8 @@ from fxreuse.nodes import is_call, replace
 from fxreuse.program import Program, module_path, module_stack
 from fxreuse.tree import own_copy, place
 
+from .steps import Pass
+
 _aten = torch.ops.aten
 # module class → (operator, place of the input, of the weight and of the bias among its arguments)
 _LEAVES = {
@@ -22,7 +24,8 @@ _LEAVES = {
 }
 
 
-def fold_modules(program: Program) -> Program:
+@Pass
+def fold_modules(program: Program) -> None:
     """``linear(x, P.weight, P.bias)`` becomes a call of the Linear module ``P``. Exact tier.
 
     Sound because the operator was recorded inside the call of ``P``, a module of exactly that class, whose forward is
@@ -30,7 +33,6 @@ def fold_modules(program: Program) -> Program:
     The module is a copy that shares its parameters with the original. Modules that are called several times are left
     as they are: their parameters stay in one place and are passed to each call.
     """
-    program = program.copy()
     repeated = {path.partition("@")[0] for node in program.graph.nodes for path in module_stack(node) if "@" in path}
     for node in list(program.graph.nodes):
         if not repeated.isdisjoint(module_stack(node)) or "@" in module_path(node):
@@ -51,8 +53,6 @@ def fold_modules(program: Program) -> Program:
     for node in list(program.graph.find_nodes(op="get_attr")):
         if not node.users:
             program.graph.erase_node(node)
-    program.module.recompile()
-    return program
 
 
 def _runs_as_its_class(module: torch.nn.Module) -> bool:

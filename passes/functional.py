@@ -8,6 +8,8 @@ from torch import fx
 from fxreuse.nodes import call, is_call
 from fxreuse.program import Program
 
+from .steps import Pass
+
 # Operators that may return a view of an argument although their schema does not say so.
 _MAY_ALIAS = {
     torch.ops.aten.reshape.default,
@@ -29,27 +31,25 @@ _MAY_ALIAS = {
 _VIEW = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
-def reshape_views(program: Program) -> Program:
+@Pass
+def reshape_views(program: Program) -> None:
     """``view`` becomes ``reshape``. Exact tier.
 
     Sound because the two agree wherever a view is possible, and export has dropped the ``contiguous()`` calls that
     made it possible for the layouts that real kernels return.
     """
-    program = program.copy()
     for node in program.graph.nodes:
         if is_call(node, *_VIEW):
             node.target = torch.ops.aten.reshape.default
-    program.module.recompile()
-    return program
 
 
-def functionalise(program: Program) -> Program:
+@Pass
+def functionalise(program: Program) -> None:
     """``x.add_(y)`` and its like become ``x.add(y)`` with every later reader of ``x`` reading the result. Exact tier.
 
     Sound where nobody else can see ``x`` change: it is a fresh value (no input, parameter or buffer), not a view of
     another one, and no view of it is read afterwards. Anything else keeps its in-place operator.
     """
-    program = program.copy()
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     for node in list(program.graph.nodes):
         functional = _functional_form(node)
@@ -69,8 +69,6 @@ def functionalise(program: Program) -> Program:
             user.replace_input_with(target, made)
         node.replace_all_uses_with(made)
         program.graph.erase_node(node)
-    program.module.recompile()
-    return program
 
 
 def _functional_form(node: fx.Node) -> torch._ops.OpOverload | None:

@@ -9,6 +9,8 @@ from fxreuse.nodes import inserting_before, is_call
 from fxreuse.program import Program, get_attribute, module_path
 from fxreuse.record import Note
 
+from .steps import Pass
+
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _MATMUL = {torch.ops.aten.matmul.default, torch.ops.aten.bmm.default}
@@ -23,7 +25,8 @@ _CAST_BY_AUTOCAST = _MATMUL | {
 }
 
 
-def inline_regions(program: Program) -> Program:
+@Pass
+def inline_regions(program: Program) -> None:
     """Inline every grad and autocast region. Exact tier.
 
     Sound because the nodes are the region's own, in its order. What a no-grad region returns is detached, so that no
@@ -32,7 +35,6 @@ def inline_regions(program: Program) -> Program:
     frequencies of a rotary embedding, is a multiplication, which autocast leaves alone; the two are equal to the bit
     because the contracted size is 1. Any other product is named in a note.
     """
-    program = program.copy()
     changed = True
     notes: list[Note] = []
     while changed:
@@ -52,9 +54,7 @@ def inline_regions(program: Program) -> Program:
                 _inline(program, node, region, inputs, detach=False)
                 changed = True
     program.module.delete_all_unused_submodules()
-    program.module.recompile()
     program.notes = (*program.notes, *notes)
-    return program
 
 
 def _inline(program: Program, node: fx.Node, region: fx.Node, inputs: list[fx.Node], detach: bool) -> None:

@@ -12,8 +12,9 @@ from .inline_regions import inline_regions
 from .portable import free_devices, free_dtypes
 from .restore_modes import restore_attention_dropout, restore_functional_dropout, restore_modules
 from .simplify_masks import simplify_masks
+from .steps import Pass, run_all
 
-STEPS: tuple[Callable[[Program], Program], ...] = (
+STEPS: tuple[Pass | Callable[[Program], Program], ...] = (
     inline_regions,
     restore_modules,
     restore_functional_dropout,
@@ -30,7 +31,6 @@ STEPS: tuple[Callable[[Program], Program], ...] = (
 
 def normalise(program: Program) -> Program:
     """The program in the form that recognition and rewrites work on. Each step is a function of its own file."""
-    for step in STEPS:
-        program = step(program)
+    program = run_all(STEPS, program)
     program.check()
     return program

@@ -11,6 +11,8 @@ from torch import fx
 from fxreuse.nodes import inserting_before, is_call, replace
 from fxreuse.program import FOLLOWS, Program, get_attribute
 
+from .steps import Pass
+
 _ASSERTIONS = (
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_async.msg,
@@ -18,15 +20,15 @@ _ASSERTIONS = (
 )
 
 
-def free_devices(program: Program) -> Program:
+@Pass
+def free_devices(program: Program) -> None:
     """Factory calls make their tensors on the device of the first input; casts to the capture's device go. Exact tier.
 
     Sound because the capture ran on one device: whatever named it, named the device of the inputs.
     """
-    program = program.copy()
     anchor = next(iter(program.graph.find_nodes(op="placeholder")), None)
     if anchor is None:
-        return program
+        return
     device: fx.Node | None = None
     for node in list(program.graph.nodes):
         if is_call(node, *_ASSERTIONS):
@@ -40,8 +42,6 @@ def free_devices(program: Program) -> Program:
                 device = _device_node(program.graph, anchor)
             node.update_kwarg("device", device)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "pin_memory"}
-    program.module.recompile()
-    return program
 
 
 def _device_node(graph: fx.Graph, anchor: fx.Node) -> fx.Node:
@@ -70,7 +70,8 @@ def _cast_dtype_only(node: fx.Node) -> None:
     replace(node, made)
 
 
-def free_dtypes(program: Program) -> Program:
+@Pass
+def free_dtypes(program: Program) -> None:
     """Casts and factories that name the model's own floating dtype take it from a tensor that has it. Exact tier.
 
     ``x.to(float32)`` in the graph may have been ``x.float()``, which stays, or ``x.to(input.dtype)``, which follows the
@@ -78,7 +79,6 @@ def free_dtypes(program: Program) -> Program:
     follows becomes ``x.type_as(y)``: ``y`` is what the nearest fixed cast upstream was applied to (a norm that computes
     in float32 and casts back), or else a floating parameter.
     """
-    program = program.copy()
     for node in list(program.graph.nodes):
         if not node.meta.get(FOLLOWS):
             continue
@@ -90,8 +90,6 @@ def free_dtypes(program: Program) -> Program:
                 replace(node, insert(torch.ops.aten.type_as.default, node.args[0], anchor))
             elif isinstance(node.kwargs.get("dtype"), torch.dtype):
                 node.update_kwarg("dtype", _dtype_node(program.graph, node, anchor))
-    program.module.recompile()
-    return program
 
 
 def _dtype_node(graph: fx.Graph, before: fx.Node, anchor: fx.Node) -> fx.Node:

@@ -12,19 +12,21 @@ from fxreuse.nodes import call, inserting_before, is_call, replace
 from fxreuse.program import Program, module_path
 from fxreuse.tree import free_path, own_copy, place
 
+from .steps import Pass
+
 _MARKER = torch.ops.fxreuse.mode_module.default
 _DROPOUT = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 _FUSED = torch.ops.aten.scaled_dot_product_attention.default
 _SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 
 
-def restore_modules(program: Program) -> Program:
+@Pass
+def restore_modules(program: Program) -> None:
     """Markers become calls of the modules that they stand for. Exact tier.
 
     Sound because capture let the marker stand in for that very call. The module is a copy that shares parameters and
     buffers with the original, so that the two can be in different modes.
     """
-    program = program.copy()
     for node in list(program.graph.nodes):
         if not is_call(node, _MARKER):
             continue
@@ -34,17 +36,15 @@ def restore_modules(program: Program) -> Program:
             made = program.graph.call_module(path, (value,))
         made.meta = copy.copy(node.meta)
         replace(node, made)
-    program.module.recompile()
-    return program
 
 
-def restore_functional_dropout(program: Program) -> Program:
+@Pass
+def restore_functional_dropout(program: Program) -> None:
     """``dropout(x, p, False)`` becomes a Dropout module. Exact tier: in eval mode both are the identity.
 
     The probability is the one that was seen in training mode, where the model was run in it; a dropout that is never
     applied goes, and one that is applied in eval mode stays as it is.
     """
-    program = program.copy()
     orders: dict[str, int] = {}
     for node in list(program.graph.nodes):
         if not is_call(node, *_DROPOUT):
@@ -64,17 +64,15 @@ def restore_functional_dropout(program: Program) -> Program:
         with inserting_before(node) as insert:
             made = insert(path, value)
         replace(node, made)
-    program.module.recompile()
-    return program
 
 
-def restore_attention_dropout(program: Program) -> Program:
+@Pass
+def restore_attention_dropout(program: Program) -> None:
     """Attention's own dropout, which eval mode erased, is put back with the recorded probability. Exact tier.
 
     A fused operator gets its ``dropout_p`` from a module that gives the probability in training mode and 0 in eval
     mode; a softmax inside ``multi_head_attention_forward`` gets a Dropout module between it and its readers.
     """
-    program = program.copy()
     orders: dict[str, int] = {}
     for node in list(program.graph.nodes):
         if not is_call(node, _FUSED, *_SOFTMAX):
@@ -89,8 +87,6 @@ def restore_attention_dropout(program: Program) -> Program:
             _fused_dropout(program, node, path, probability)
         else:
             _softmax_dropout(program, node, path, probability)
-    program.module.recompile()
-    return program
 
 
 def _fused_dropout(program: Program, node: fx.Node, path: str, probability: float) -> None:
