@@ -20,6 +20,7 @@ from .errors import CaptureError, InputError
 from .example_sizes import free_shapes, shorten, widen_batch
 from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
+from .named_keywords import named_keywords
 from .program import Argument, CallingConvention, Leaf, Program, fixed_size, kind_of
 from .record import Note
 from .training import probe
@@ -100,9 +101,9 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
     ]
     errors = []
     for how, given, strict, free in ways[:attempts]:
-        shapes = free_shapes(model, given) if free else None
         try:
-            with warnings.catch_warnings(), _quiet_sizes():
+            with warnings.catch_warnings(), _quiet_sizes(), named_keywords(model, given.kwargs):
+                shapes = free_shapes(model, given) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)

@@ -17,9 +17,9 @@ from .architectures import randomise
 from .running import changes, snapshot
 
 
-def encoder() -> nn.Module:
+def encoder(layers: int = 4) -> nn.Module:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
 
 class Host(nn.Module):
@@ -115,7 +115,7 @@ def test_leaves_the_rest_untouched(host: nn.Module) -> None:
     ("target", "error", "says"),
     [
         ("body.decoder", fxreuse.InputError, ["Host", "'body.decoder'", "body.encoder"]),
-        ("encoder", fxreuse.InputError, ["Host", "'encoder'", "first", "body"]),
+        ("encoder", fxreuse.InputError, ["Host", "'encoder'", "did you mean 'body.encoder'?"]),
         ("idle", fxreuse.UnsupportedError, ["Host", "'idle'", "example_inputs"]),
         ("first", fxreuse.UnsupportedError, ["Linear", "no attention"]),
     ],
@@ -127,6 +127,145 @@ def test_a_wrong_target_is_refused(host: nn.Module, target: str, error: type, sa
     assert [text for text in says if text not in str(caught.value)] == []
     after = snapshot(host)
     assert {kind: changes(before[kind], after[kind]) for kind in before} == {kind: [] for kind in before}
+
+
+class Twice(nn.Module):
+    """A host that calls one encoder on two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = encoder(1)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        first = self.encoder(left)
+        return first.mean(1) + self.encoder(right).mean(1)
+
+
+class Stepwise(nn.Module):
+    """A host that calls the layers of its encoder itself, and writes into its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"inner": encoder(2)})
+        self.unregistered = [encoder(1)]
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        hidden = batch["x"].mul_(2)
+        for layer in self.body["inner"].layers:
+            hidden = layer(hidden)
+        batch["hidden"] = hidden
+        return batch
+
+
+SEQUENCE, BATCH = torch.randn(2, 5, 16), {"x": torch.randn(2, 5, 16)}
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "target", "error", "says"),
+    [
+        (
+            Twice,
+            (SEQUENCE, SEQUENCE[:, :3]),
+            "encoder",
+            fxreuse.UnsupportedError,
+            "Twice calls 'encoder' 2 times | test_target.py: | first = self.encoder(left) with 2×5×16 | "
+            "return first.mean(1) | with 2×3×16 | fxreuse.apply(model.encoder, plan, inputs)",
+        ),
+        (
+            Stepwise,
+            (BATCH,),
+            "body.inner",
+            fxreuse.UnsupportedError,
+            "Stepwise does not call 'body.inner' | test_target.py: | parts are called one by one | 'body.inner.layers.0",
+        ),
+        (Stepwise, (BATCH,), "", fxreuse.InputError, "target='' is Stepwise itself | leave target= out | 'body'"),
+        (Stepwise, (BATCH,), 3, fxreuse.InputError, "the path of a submodule of Stepwise | found int"),
+        (Stepwise, (BATCH,), "inner", fxreuse.InputError, "no submodule 'inner' | did you mean 'body.inner'?"),
+        (
+            Stepwise,
+            (BATCH,),
+            "body.inner.layers.0.linear1.weight",
+            fxreuse.InputError,
+            "no module at 'body.inner.layers.0.linear1.weight' | did you mean 'body.inner.layers.0.linear1'",
+        ),
+        (
+            Stepwise,
+            ({},),
+            "body.inner.layers.0",
+            fxreuse.InputError,
+            "Stepwise itself fails | before it calls 'body.inner.layers.0' | KeyError: 'x' | "
+            'batch["x"].mul_(2) | forward takes (batch',
+        ),
+    ],
+    ids=["twice", "never", "root", "number", "partial path", "parameter", "host fails"],
+)
+def test_a_target_that_cannot_be_served(
+    build: type[nn.Module], inputs: Any, target: Any, error: type, says: str
+) -> None:
+    """The host, the path, the line of its code, and what to do; host and inputs stay as they were."""
+    host = build()
+    given, before = copy.deepcopy(inputs), snapshot(host)
+    with pytest.raises(error) as caught:
+        fxreuse.find_attention(host, inputs, target=target)
+    assert [text for text in says.split(" | ") if text not in str(caught.value)] == [], str(caught.value)
+    assert changes(before, snapshot(host)) == []
+    torch.testing.assert_close(inputs, given, rtol=0, atol=0)
+
+
+def test_a_host_that_writes_into_its_inputs_gets_copies() -> None:
+    host, batch = Stepwise(), {"x": torch.randn(2, 5, 16)}
+    given = copy.deepcopy(batch)
+    fxreuse.apply(host, "1x1", (batch,), target="body.inner.layers.1")
+    torch.testing.assert_close(batch, given, rtol=0, atol=0)
+
+
+class Direct(nn.Module):
+    """A host that goes past the hooks of its encoder, knows it under two names, and reads an attribute of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = encoder(1)
+        self.encoder.scale = 3.0
+        self.alias = self.encoder
+
+    def forward(self, x: torch.Tensor, late: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.alias.forward(x, is_causal=False) * self.encoder.scale
+        if late is None:
+            raise ValueError("what comes after the encoder is missing")
+        return hidden + late
+
+
+@pytest.mark.parametrize("target", ["encoder", "alias"])
+def test_every_name_of_the_target_is_replaced(target: str) -> None:
+    host = randomise(Direct())
+    original, given = copy.deepcopy(host), torch.randn(3, 6, 16)
+    fxreuse.apply(host, "1x*", (SEQUENCE, SEQUENCE), target=target)
+    assert host.encoder is host.alias
+    assert fxreuse.describe(host).plan == "1x*"
+    torch.testing.assert_close(host(given, given), original(given, given))
+
+
+def test_what_fails_after_the_target_does_not_matter() -> None:
+    assert len(fxreuse.find_attention(Direct(), SEQUENCE, target="encoder")) == 1
+
+
+class Optional(nn.Module):
+    """An encoder that takes some of its arguments by ``**options``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = encoder(1)
+
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self.body(x + options["shift"] if options["shifted"] else x)
+
+
+def test_arguments_by_keyword_leave_sizes_free() -> None:
+    model = randomise(Optional())
+    rewritten = fxreuse.apply(model, "1x*", {"x": SEQUENCE, "shift": SEQUENCE, "shifted": True})
+    given = torch.randn(3, 7, 16)
+    torch.testing.assert_close(rewritten(given, shift=given, shifted=True), model(given, shift=given, shifted=True))
+    assert "forward" not in vars(model)
 
 
 def test_a_failing_plan_leaves_the_host_as_it_was(host: nn.Module) -> None:
