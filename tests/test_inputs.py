@@ -49,6 +49,9 @@ CONVOLUTIONS: dict[str, Any] = {
     "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2,
 }
+KOSMOS = {"embed_dim": 16, "layers": 1, "ffn_dim": 16, "attention_heads": 2, "vocab_size": 50}
+REGIONS = {"visual_feat_dim": 6}
+MELS = {**WIDTHS, "num_mel_bins": 16, "subsampling_conv_channels": 8}
 TEXT = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **WIDTHS}
 VISION = {"image_size": 16, "patch_size": 8, **WIDTHS}
 
@@ -216,6 +219,32 @@ def test_keys_are_names() -> None:
             ("Wav2Vec2BertModel", "Wav2Vec2BertConfig", {**WIDTHS, "feature_projection_input_dim": 12}),
             {"input_features": (2, 200, 12)},
         ),
+        (
+            ("ParakeetForCTC", "ParakeetCTCConfig", {"vocab_size": 9, "encoder_config": MELS}),
+            {"input_features": (2, 200, 16)},
+        ),
+        (("ViltModel", "ViltConfig", {**TEXT, **VISION}), {"input_ids": (2, 7), "pixel_values": (2, 3, 16, 16)}),
+        (
+            (
+                "LxmertModel",
+                "LxmertConfig",
+                {**TEXT, "l_layers": 1, "r_layers": 1, "x_layers": 1, "visual_feat_dim": 6},
+            ),
+            {"input_ids": (2, 7), "visual_feats": (2, 3, 6), "visual_pos": (2, 3, 4)},
+        ),
+        (
+            (
+                "VJEPA2Model",
+                "VJEPA2Config",
+                {"crop_size": 32, "frames_per_clip": 4, **VISION, "pred_hidden_size": 12, "pred_num_attention_heads": 2}
+                | {"pred_num_hidden_layers": 1},
+            ),
+            {"pixel_values_videos": (2, 4, 3, 32, 32)},
+        ),
+        (
+            ("PatchTSTModel", "PatchTSTConfig", {"d_model": 16, "num_attention_heads": 2, "num_hidden_layers": 1}),
+            {"past_values": (2, 32, 1)},
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -226,6 +255,32 @@ def test_hugging_face_models(model: tuple[str, str, dict[str, Any]], expected: d
     assert shapes(inputs) == expected
     with torch.no_grad():
         built(**inputs.kwargs)
+
+
+def test_encoders_and_decoders_put_together() -> None:
+    text, ends = transformers.BertConfig(**TEXT), {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 30}
+    pair = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(text, transformers.BertConfig(**TEXT))
+    assert shapes(infer(transformers.EncoderDecoderModel(pair))) == {"input_ids": (2, 7), "decoder_input_ids": (2, 5)}
+    speech = transformers.Wav2Vec2Config(**WIDTHS, **CONVOLUTIONS)
+    pair = transformers.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(speech, transformers.GPT2Config(**ends))
+    found = infer(transformers.SpeechEncoderDecoderModel(pair))
+    assert shapes(found) == {"inputs": (2, 510), "decoder_input_ids": (2, 5)}
+    assert found.kwargs["decoder_input_ids"].max() < 30
+
+
+def test_what_a_configuration_does_not_tell_is_asked_for() -> None:
+    """Each set that was tried, why it fails, and what to pass, in the sizes that are known."""
+    vision = {**VISION, "model_type": "clip_vision_model"}
+    said = refusal(build("Kosmos2Model", "Kosmos2Config", text_config=KOSMOS, vision_config=vision), None)
+    assert "tried 2 inputs, pixel_values 2×3×16×16 fails with ValueError: You have to specify either input_ids" in said
+    assert "pass example_inputs={'pixel_values': torch.randn(2, 3, 16, 16), 'input_ids': torch.randint(" in said
+
+
+def test_attention_itself() -> None:
+    attention = nn.MultiheadAttention(16, 2, kdim=7, vdim=5, batch_first=True)
+    inputs = infer(attention)
+    assert shapes(inputs) == {"query": (2, 9, 16), "key": (2, 11, 7), "value": (2, 11, 5)}
+    attention(**inputs.kwargs)
 
 
 def test_speech_has_fifty_frames() -> None:
