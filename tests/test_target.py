@@ -176,7 +176,8 @@ SEQUENCE, BATCH = torch.randn(2, 5, 16), {"x": torch.randn(2, 5, 16)}
             (BATCH,),
             "body.inner",
             fxreuse.UnsupportedError,
-            "Stepwise does not call 'body.inner' | test_target.py: | parts are called one by one | 'body.inner.layers.0",
+            "Stepwise does not call 'body.inner' | test_target.py: | parts are called one by one | "
+            "'body.inner.layers.0'",
         ),
         (Stepwise, (BATCH,), "", fxreuse.InputError, "target='' is Stepwise itself | leave target= out | 'body'"),
         (Stepwise, (BATCH,), 3, fxreuse.InputError, "the path of a submodule of Stepwise | found int"),
