@@ -65,12 +65,15 @@ class AttentionSite:
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A softmax that was not taken as an attention, and the reason."""
+    """A softmax that was not taken as an attention, the reason, and the line of the model's code that it is in."""
 
     path: str
     node: str
     reason: str
     source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path or '(root)'} {self.node}: {self.reason}" + (f" ({self.source})" if self.source else "")
 
 
 class AttentionSites(Sequence[AttentionSite]):
@@ -112,7 +115,7 @@ class AttentionSites(Sequence[AttentionSite]):
 
     def __str__(self) -> str:
         headers = ["stack", "layer", "site", "kind", "heads", "head dim", "map", "fused", "mask", "bias"]
-        letters = self._letters()
+        letters = self.letters()
         rows = [
             [
                 site.stack,
@@ -129,11 +132,11 @@ class AttentionSites(Sequence[AttentionSite]):
             for site in self._sites
         ]
         lines = [tabulate(rows, headers=headers, disable_numparse=True)] if rows else ["no attention found"]
-        lines += [f"{letter} = {self._in_words(size)}" for size, letter in letters.items()]
-        lines += [f"not attention: {r.path or '(root)'} {r.node}: {r.reason}" for r in self.rejected]
+        lines += [f"{letter} = {self.in_words(size)}" for size, letter in letters.items()]
+        lines += [f"not attention: {rejected}" for rejected in self.rejected]
         return "\n".join(lines)
 
-    def _letters(self) -> dict[str, str]:
+    def letters(self) -> dict[str, str]:
         """A letter for every size of a map that is not a number: B for batches, T for lengths, numbered if several."""
         letters: dict[str, str] = {}
         for name, axes in (("B", (0,)), ("T", (2, 3))):
@@ -142,7 +145,8 @@ class AttentionSites(Sequence[AttentionSite]):
             letters.update({size: f"{name}{i + 1}" if len(free) > 1 else name for i, size in enumerate(free)})
         return letters
 
-    def _in_words(self, size: str) -> str:
+    def in_words(self, size: str) -> str:
+        """A size of a map, with the input's own sizes in place of symbols: ``input_ids.shape[1] + 1``."""
         return re.sub(r"\bs\d+\b", lambda match: self.sizes.get(match.group(), match.group()), size)
 
     __repr__ = __str__

@@ -18,6 +18,7 @@ import fxreuse
 
 from . import demo, model_spec
 from .errors import FxReuseError
+from .inspection import inspect_model
 from .progress import Progress
 
 _MODEL_HELP = (
@@ -51,13 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> bool:
-    """Print the attentions of a model."""
+    """Print the attentions of a model, and the plans that it takes."""
     with Progress() as progress:
         progress(f"loading {options.model}")
         loaded = model_spec.resolve(options.model, dict(options.set))
-        progress("capturing the model and finding its attentions")
-        sites = fxreuse.find_attention(loaded.model, loaded.example_inputs, target=options.target)
-    print(sites)
+        found = inspect_model(loaded.model, loaded.example_inputs, target=options.target, progress=progress)
+    print(found.to_json() if options.json else found.report(every=options.all))
     return True
 
 
@@ -106,9 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fxreuse {importlib.metadata.version('fxreuse')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    inspect = commands.add_parser("inspect", help="list the attentions of a model")
+    inspect = commands.add_parser("inspect", help="list the attentions of a model, and plans that it takes")
     inspect.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     inspect.add_argument("--target", metavar="PATH", help="look only at this submodule, such as model.encoder")
+    inspect.add_argument("--all", action="store_true", help="a row for every attention, not for every kind")
     inspect.set_defaults(run=_inspect)
 
     verify = commands.add_parser("verify", help="apply a plan, then measure the result against the original")
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="a field of the config or an argument of the factory, such as num_hidden_layers=12; repeatable",
         )
-    for command in (verify, demonstrate):
+    for command in (inspect, verify, demonstrate):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
