@@ -244,7 +244,7 @@ class _Reader:
             return None
         return constant(value, self._flow.program)
 
-    def _refusal(self, node: fx.Node, reason: str = "they go through an operator that is neither") -> UnsupportedError:
+    def _refusal(self, node: fx.Node, reason: str = "its scores go through an operator that is no factor, sum or mask") -> UnsupportedError:
         return refusal(self._site, node, f"needs scores of the form α·QKᵀ + β, but {reason}")
 
 

@@ -29,7 +29,7 @@ def even_widths(nodes: Iterable[fx.Node]) -> None:
         width, own = (fixed_size(part.meta["val"].shape[-1]) for part in (fused.query, fused.value))
         if width is None or own is None or width == own:
             continue
-        node.update_kwarg("scale", fused.factor)
+        _name_scale(node, fused.factor)
         if own > width:
             for index, part in enumerate((fused.query, fused.key)):
                 if (part, own) not in padded:
@@ -39,6 +39,13 @@ def even_widths(nodes: Iterable[fx.Node]) -> None:
             with inserting_before(node) as insert:
                 node.update_arg(2, insert(_aten.constant_pad_nd.default, fused.value, [0, width - own], 0.0))
             _cut(node, width, own)
+
+
+def _name_scale(node: fx.Node, scale: float) -> None:
+    if len(node.args) > 6:
+        node.update_arg(6, scale)
+    else:
+        node.update_kwarg("scale", scale)
 
 
 def _padded(node: fx.Node, by: int) -> fx.Node:

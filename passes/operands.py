@@ -24,6 +24,7 @@ from .arrange import Arranger, Insert, Term, without_ones
 from .fused import Fused
 
 _aten = torch.ops.aten
+_SOFTMAX = (_aten.softmax, _aten._softmax, _aten._safe_softmax, _aten.special_softmax)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +203,8 @@ def unfused_attention(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Atte
     Raises:
         UnsupportedError: where its scores are not affine in QKᵀ.
     """
+    if packet(softmax) not in _SOFTMAX:
+        raise refusal(site, softmax, "needs the map to be a softmax as it is, but it is what was made of one")
     affine = affine_scores(site, softmax, flow)
     product, query, key = affine.scores.product, affine.scores.query, affine.scores.key
     dim = arguments(softmax)["dim"] % len(affine.layout)

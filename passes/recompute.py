@@ -63,7 +63,7 @@ class Recomputer:
         """
         node = self.program.node(leader.nodes.map)
         if leader.fused and all(follower.fused for follower in followers):
-            self._share_fused(Fused.of(node), [self.program.node(follower.nodes.map) for follower in followers])
+            self._share_fused(node, [self.program.node(follower.nodes.map) for follower in followers])
             return
         try:
             attention = fused_attention(node) if leader.fused else unfused_attention(leader, node, self._flow)
@@ -76,11 +76,12 @@ class Recomputer:
         for follower in followers:
             self._check_unread(follower)
 
-    def _share_fused(self, leader: Fused, followers: Sequence[fx.Node]) -> None:
-        made = []
-        for node in followers:
-            own = Fused.of(node)
-            with inserting_before(node) as insert:
+    def _share_fused(self, node: fx.Node, followers: Sequence[fx.Node]) -> None:
+        """Fused followers of a fused leader, whose operands they take as they are."""
+        leader, made = Fused.of(node), [node]
+        for follower in followers:
+            own = Fused.of(follower)
+            with inserting_before(follower) as insert:
                 made.append(
                     insert(
                         OPERATOR,
@@ -94,7 +95,7 @@ class Recomputer:
                         enable_gqa=leader.enable_gqa,
                     )
                 )
-            replace(node, made[-1])
+            replace(follower, made[-1])
         even_widths(made)
 
     def _consumers(self, site: AttentionSite, attention: Attention) -> list[Consumer]:
