@@ -101,9 +101,9 @@ def test_no_map_is_held_where_no_bias_needs_it(form: Form) -> None:
 
 
 def in_single_precision(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    """A softmax in float32 whatever the model's type, and queries that were in it."""
-    scores = product(q.float().to(q.dtype), k).float().masked_fill(padding[:, None, None], -torch.inf)
-    weights = (scores + layer.table[:, : q.shape[1]][:, None].float()).softmax(-1, dtype=torch.float32)
+    """A softmax in float32 whatever the model's type, with a bias in it."""
+    scores = product(q, k).float().masked_fill(padding[:, None, None], -torch.inf)
+    weights = (scores + layer.table[:, : q.shape[1]][:, None].float()).softmax(-1)
     return joined(weights.to(v.dtype) @ heads(v))
 
 
