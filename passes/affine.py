@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ COPIES = frozenset({
     _aten.clone, _aten.contiguous, _aten.alias, _aten.lift_fresh_copy, _aten.to, _aten._to_copy, _aten.type_as,
 }) & SAME_VALUE  # fmt: skip
 
-_PRODUCTS = (_aten.mul, _aten.multiply)
-_QUOTIENTS = (_aten.div, _aten.divide, _aten.true_divide)
+#: Multiplications and divisions, by a number or element by element.
+PRODUCTS = (_aten.mul, _aten.multiply)
+QUOTIENTS = (_aten.div, _aten.divide, _aten.true_divide)
 _DIFFERENCES = (_aten.sub, _aten.subtract, _aten.rsub)
 
 #: From here downwards a score that replaces another one leaves it no weight, at any score that a model has.
@@ -72,7 +74,8 @@ class Selection:
 class Affine:
     """scores = (number · Π factors) · QKᵀ + Σ addends, then replaced where a selection hides them.
 
-    ``layout`` is that of the softmax's input, in the labels of the product of queries and keys.
+    ``layout`` is that of the softmax's input, in the labels of the product of queries and keys. ``sink`` is the score of
+    a key without a value that stands behind all others.
     """
 
     scores: Scores
@@ -82,6 +85,7 @@ class Affine:
     addends: tuple[Addend, ...]
     selections: tuple[Selection, ...]
     layouts: tuple[Layout, ...]
+    sink: Addend | None = None
 
 
 def affine_scores(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Affine:
@@ -112,8 +116,11 @@ class _Reader:
         self._factors: list[Factor] = []
         self._addends: list[Addend] = []
         self._selections: list[Selection] = []
+        self._sink: Addend | None = None
         self._fresh = itertools.count()
         product = scores.product
+        labels, _, others = product.side(scores.query)
+        self._keys = {label for label in product.axes if label in others and label not in labels}
         if product.addend is not None:
             named = arguments(product.node)
             self._number = float(named["alpha"])
@@ -128,6 +135,7 @@ class _Reader:
             tuple(self._addends),
             tuple(self._selections),
             tuple(self._layouts),
+            self._sink,
         )
 
     def step(self, node: fx.Node, operand: fx.Node) -> None:
@@ -138,14 +146,17 @@ class _Reader:
             return
         if op in COPIES and operand is node.args[0]:
             return
+        if op in (_aten.cat, _aten.concat):
+            self._concatenate(node, operand)
+            return
         if node.all_input_nodes.count(operand) != 1 or node.op != "call_function" or list(node.args).count(operand) > 1:
             raise self._refusal(node)
         self._broadcast(node, operand)
         named = arguments(node)
         if op is _aten.neg:
             self._scale(node, -1.0)
-        elif op in _PRODUCTS or (op in _QUOTIENTS and operand is node.args[0] and not named.get("rounding_mode")):
-            self._scale(node, named["other"] if operand is node.args[0] else named["self"], op in _QUOTIENTS)
+        elif op in PRODUCTS or (op in QUOTIENTS and operand is node.args[0] and not named.get("rounding_mode")):
+            self._scale(node, named["other"] if operand is node.args[0] else named["self"], op in QUOTIENTS)
         elif op is _aten.add or op in _DIFFERENCES:
             self._sum(node, operand, named)
         elif op in (_aten.masked_fill, _aten.where):
@@ -189,11 +200,15 @@ class _Reader:
         if number is not None:
             number = 1 / number if divides else number
             self._number *= number
-            self._addends = [dataclasses.replace(a, number=a.number * number) for a in self._addends]
+            self._change(lambda a: dataclasses.replace(a, number=a.number * number))
             return
         factor = Factor(self._term(by), divides)
         self._factors.append(factor)
-        self._addends = [dataclasses.replace(a, factors=(*a.factors, factor)) for a in self._addends]
+        self._change(lambda a: dataclasses.replace(a, factors=(*a.factors, factor)))
+
+    def _change(self, change: Callable[[Addend], Addend]) -> None:
+        self._addends = [change(addend) for addend in self._addends]
+        self._sink = None if self._sink is None else change(self._sink)
 
     def _sum(self, node: fx.Node, operand: fx.Node, named: dict[str, Any]) -> None:
         first, second = named["self"], named["other"]
@@ -204,12 +219,36 @@ class _Reader:
         own, other = (0, 1) if operand is first else (1, 0)
         if weights[own] != 1:
             self._scale(node, weights[own])
+        if self._is_constant_for_all_keys((first, second)[other]):
+            return
+        if self._sink is not None:
+            raise self._refusal(node, "something is added to its scores behind a sink")
         self._add((first, second)[other], weights[other])
 
     def _add(self, value: Any, weight: float) -> None:
         """Something added to the scores; a number, the same for every key, does not change their softmax."""
         if isinstance(value, fx.Node) and weight != 0:
             self._addends.append(Addend(self._term(value), weight))
+
+    def _is_constant_for_all_keys(self, value: Any) -> bool:
+        """Whether a term was made of the scores and is the same for all keys, as their maximum: a softmax drops it.
+
+        What was not made of the scores stays, as a mask of whole rows has numbers that swallow the scores.
+        """
+        if not isinstance(value, fx.Node):
+            return True
+        sources = {part.source for dim in self._term(value).layout for part in dim}
+        return not sources & self._keys and self._scores.product.node in behind(value)
+
+    def _concatenate(self, node: fx.Node, operand: fx.Node) -> None:
+        """Scores and, behind them, the score of one key that has no value: an attention sink."""
+        tensors, dim = arguments(node)["tensors"], arguments(node)["dim"]
+        own = {part.source for part in self._layout[dim]}
+        if len(tensors) != 2 or tensors[0] is not operand or own != self._keys or sizes(tensors[1])[dim] != 1:
+            raise self._refusal(node)
+        if self._sink is not None or len(self._layout[dim]) != 1:
+            raise self._refusal(node)
+        self._sink = Addend(self._term(tensors[1]), 1.0)
 
     def _select(self, node: fx.Node, operand: fx.Node, named: dict[str, Any]) -> None:
         if packet(node) is _aten.masked_fill:
@@ -220,6 +259,8 @@ class _Reader:
             fill = named.get("self") if hides else named.get("other")
             carried = hides or operand is named.get("self")
         number = self._as_number(fill)
+        if self._sink is not None:
+            raise self._refusal(node, "its scores are masked behind a sink")
         if not carried or number is None or not number <= HIDDEN:
             what = "another tensor" if number is None else str(number)
             raise self._refusal(node, f"it replaces scores by {what}, which does not rule them out")
@@ -246,6 +287,18 @@ class _Reader:
 
     def _refusal(self, node: fx.Node, reason: str = "its scores go through an operator that is no factor, sum or mask") -> UnsupportedError:
         return refusal(self._site, node, f"needs scores of the form α·QKᵀ + β, but {reason}")
+
+
+def behind(node: fx.Node) -> set[fx.Node]:
+    """A node and everything that it is made of."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return seen
 
 
 def refusal(site: AttentionSite, node: fx.Node, reason: str) -> UnsupportedError:

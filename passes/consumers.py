@@ -15,7 +15,7 @@ from fxreuse.contractions import Contraction, contraction
 from fxreuse.follow import arguments, packet, transfer
 from fxreuse.program import Program
 
-from .affine import COPIES, MOVES, refusal
+from .affine import COPIES, MOVES, PRODUCTS, QUOTIENTS, Factor, behind, refusal
 from .arrange import Term, without_ones
 from .fused import Fused
 
@@ -28,7 +28,8 @@ class Consumer:
 
     ``value`` and ``result`` are laid out in the axes of the scores and in ``channels``, those that only values have.
     ``dropout`` is the probability of the map's dropout: a number, a node that gives it, or a Dropout module.
-    ``zeroed`` are the conditions, each with its sense, under which the map is set to 0 behind the softmax.
+    ``zeroed`` are the conditions, each with its sense, under which the map is set to 0 behind the softmax; ``factors``
+    and ``number`` are what it is multiplied with. ``without_sink`` says that the last key, a sink, was left out.
     """
 
     node: fx.Node
@@ -37,6 +38,9 @@ class Consumer:
     channels: tuple[Part, ...]
     dropout: float | fx.Node | torch.nn.Dropout = 0.0
     zeroed: tuple[tuple[fx.Node, bool], ...] = ()
+    factors: tuple[Factor, ...] = ()
+    number: float = 1.0
+    without_sink: bool = False
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -56,8 +60,10 @@ def fused_consumer(node: fx.Node, layout: Layout) -> Consumer:
     )
 
 
-def read_consumer(program: Program, site: AttentionSite, map_node: fx.Node, layout: Layout, name: str) -> Consumer:
-    """How the product ``name`` uses the map of an unfused site, which has the layout ``layout``.
+def read_consumer(
+    program: Program, site: AttentionSite, map_node: fx.Node, layout: Layout, keys: tuple[Part, ...], name: str
+) -> Consumer:
+    """How the product ``name`` uses the map of an unfused site, which has the layout ``layout`` with the axis ``keys``.
 
     On the way there may be views, casts, one dropout, and zeroing by a mask; ``nan_to_num`` does nothing to a map that
     has no NaN, as that of a fused attention.
@@ -75,7 +81,7 @@ def read_consumer(program: Program, site: AttentionSite, map_node: fx.Node, layo
             break
     else:
         raise refusal(site, node, f"needs the map itself in this product, not {product.left} or {product.right}")
-    reader = _Reader(program, site, layout)
+    reader = _Reader(program, site, layout, keys)
     for before, after in itertools.pairwise(chain):
         reader.step(after, before)
     return reader.consumer(product, chain[-1])
@@ -84,36 +90,26 @@ def read_consumer(program: Program, site: AttentionSite, map_node: fx.Node, layo
 def _chain(site: AttentionSite, map_node: fx.Node, operand: fx.Node, program: Program) -> list[fx.Node] | None:
     """The nodes from the map to an operand of a product; None if it does not come from the map."""
     chain = [operand]
-    behind = _behind(operand)
-    if map_node not in behind:
+    if map_node not in behind(operand):
         return None
     while chain[-1] is not map_node:
-        sources = [node for node in chain[-1].all_input_nodes if node is map_node or map_node in _behind(node)]
+        sources = [node for node in chain[-1].all_input_nodes if node is map_node or map_node in behind(node)]
         if len(sources) != 1:
             raise refusal(site, chain[-1], "needs the map to go to its values in one piece, but it meets itself here")
         chain.append(sources[0])
     return chain[::-1]
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node is made of."""
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return seen
-
-
 class _Reader:
     """What a map has gone through, node by node."""
 
-    def __init__(self, program: Program, site: AttentionSite, layout: Layout) -> None:
-        self._program, self._site, self._layout = program, site, layout
+    def __init__(self, program: Program, site: AttentionSite, layout: Layout, keys: tuple[Part, ...]) -> None:
+        self._program, self._site, self._layout, self._keys = program, site, layout, keys
         self._dropout: float | fx.Node | torch.nn.Dropout = 0.0
         self._zeroed: list[tuple[fx.Node, bool]] = []
+        self._factors: list[Factor] = []
+        self._number = 1.0
+        self._without_sink = False
 
     def step(self, node: fx.Node, operand: fx.Node) -> None:
         """From ``operand`` to ``node``, which reads it."""
@@ -130,6 +126,10 @@ class _Reader:
                 self._drop(node, arguments(node)["p"])
         elif op in (_aten.masked_fill, _aten.where):
             self._zero(node, operand)
+        elif op in PRODUCTS or (op in QUOTIENTS and operand is node.args[0]):
+            self._scale(node, operand)
+        elif op is _aten.slice and operand is node.args[0]:
+            self._leave_out(node, operand)
         elif op is not _aten.nan_to_num or arguments(node)["nan"]:
             if op not in COPIES or operand is not node.args[0]:
                 raise refusal(self._site, node, "needs the softmax to be all that is done to the map")
@@ -157,6 +157,30 @@ class _Reader:
             raise refusal(self._site, node, "needs the softmax to be all that is done to the map")
         self._zeroed.append((condition, hides))
 
+    def _scale(self, node: fx.Node, operand: fx.Node) -> None:
+        """A factor of heads or rows; one that has the map's own two dimensions is refused where it is applied."""
+        named = arguments(node)
+        other = named["other"] if operand is named["self"] else named["self"]
+        divides = packet(node) in QUOTIENTS
+        if named.get("rounding_mode") or other is operand or sizes(node) != sizes(operand):
+            raise refusal(self._site, node, "needs the softmax to be all that is done to the map")
+        if isinstance(other, fx.Node):
+            own = sizes(other)
+            dims = self._layout[len(self._layout) - len(own) :]
+            term = tuple(() if size == 1 else dim for dim, size in zip(dims, own, strict=True))
+            self._factors.append(Factor(Term(other, without_ones(term)), divides))
+        else:
+            self._number *= 1 / other if divides else other
+
+    def _leave_out(self, node: fx.Node, operand: fx.Node) -> None:
+        """The map without its last key: without a sink, as is checked where one is known."""
+        named, before, after = arguments(node), sizes(operand), sizes(node)
+        dim = named["dim"] % len(before)
+        last = named["start"] in (None, 0) and named["step"] == 1 and before[dim] - after[dim] == 1
+        if not last or self._without_sink or self._layout[dim] != self._keys:
+            raise refusal(self._site, node, "needs the whole map")
+        self._without_sink = True
+
     def consumer(self, product: Contraction, operand: fx.Node) -> Consumer:
         """What the product makes of the map as it is now."""
         labels, value, value_labels = product.side(operand)
@@ -173,4 +197,14 @@ class _Reader:
         term = tuple(() if size == 1 else dim for dim, size in zip(term, own, strict=True))
         channels = tuple(part for dim in term for part in dim if isinstance(part.source, tuple) and part.source[0] == "channel")
         result = layout(product.axes, sizes(product.node))
-        return Consumer(product.node, Term(value, term), result, channels, self._dropout, tuple(self._zeroed))
+        return Consumer(
+            product.node,
+            Term(value, term),
+            result,
+            channels,
+            self._dropout,
+            tuple(self._zeroed),
+            tuple(self._factors),
+            self._number,
+            self._without_sink,
+        )

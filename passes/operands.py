@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -58,6 +59,7 @@ class Attention:
     factors: tuple[Factor, ...] = ()
     addends: tuple[Addend, ...] = ()
     selections: tuple[Selection, ...] = ()
+    sink: Addend | None = None
     is_causal: bool = False
     layouts: tuple[Layout, ...] = ()
 
@@ -85,6 +87,8 @@ class Operands:
             query = self.arranger.arrange(insert, attention.query, (*self._rows, axes.channels), full=True)
             key = self.arranger.arrange(insert, attention.key, (*self._columns, axes.channels), full=True)
             self.query, self.key = self._scaled(insert, query, key)
+            if attention.sink is not None:
+                self.key = with_sink(insert, self.key)
         self._masks: dict[bool, Mask] = {}
         self._prover = prover
 
@@ -126,18 +130,22 @@ class Operands:
     def _make_mask(self, insert: Insert, empty_to_zero: bool) -> Mask:
         if self.attention.is_causal:
             return Mask(self.query, None, True)
-        final = [empty_to_zero or selection.fill == -math.inf for selection in self.attention.selections]
+        sink = self.attention.sink
+        final = [empty_to_zero or sink is not None or s.fill == -math.inf for s in self.attention.selections]
         shown = [self._shown(insert, selection) for selection in self.attention.selections]
         strict = _all(insert, [node for node, ends in zip(shown, final, strict=True) if ends])
         soft = _all(insert, [node for node, ends in zip(shown, final, strict=True) if not ends])
         visible = _all(insert, [node for node in (strict, soft) if node is not None])
         kind = "all" if visible is None else self._kind(visible)
+        kind = "other" if sink is not None and kind == "causal" else kind
         query, blind = self.query, None
         if kind == "other" and soft is not None:
             blind = insert(_aten.logical_not.default, insert(_aten.any.dim, visible, -1, True))
             visible = _all(insert, [strict, insert(_aten.logical_or.default, soft, blind)])
             query = insert(_aten.masked_fill.Scalar, query, blind, 0.0)
         bias = self._bias(insert)
+        if sink is not None:
+            return Mask(query, self._with_sink_score(insert, sink, bias, visible if kind == "other" else None), False)
         if bias is None:
             return Mask(query, visible if kind == "other" else None, kind == "causal")
         if blind is not None:
@@ -145,6 +153,24 @@ class Operands:
         if visible is not None and kind != "all":
             bias = insert(_aten.masked_fill.Scalar, bias, insert(_aten.logical_not.default, visible), -math.inf)
         return Mask(query, bias, False)
+
+    def _with_sink_score(
+        self, insert: Insert, sink: Addend, bias: fx.Node | None, visible: fx.Node | None
+    ) -> fx.Node:
+        """The mask with one more key, which has the sink's score."""
+        score = self._weighted(insert, sink)
+        keys = insert(_aten.sym_size.int, self.key, -2)
+        if bias is None:
+            bias = insert(_aten.new_zeros.default, self.query, [1, 1, 1, keys])
+        else:
+            bias = insert(_aten.constant_pad_nd.default, bias, [0, 1], 0.0)
+        if visible is not None:
+            hidden = insert(_aten.logical_not.default, visible)
+            hidden = insert(_aten.constant_pad_nd.default, hidden, [0, 1], False)
+            bias = insert(_aten.masked_fill.Scalar, bias, hidden, -math.inf)
+        last = insert(_aten.new_zeros.default, self.query, [insert(operator.sub, keys, 1)])
+        last = insert(_aten.constant_pad_nd.default, last, [0, 1], 1.0)
+        return insert(_aten.add.Tensor, bias, insert(_aten.mul.Tensor, score, last))
 
     def _kind(self, mask: fx.Node) -> str:
         """Whether a mask hides nothing (``"all"``), or what ``is_causal`` does (``"causal"``), for all sizes."""
@@ -192,6 +218,11 @@ def _negation(insert: Insert, node: fx.Node) -> fx.Node:
     return insert(_aten.logical_not.default, node)
 
 
+def with_sink(insert: Insert, node: fx.Node) -> fx.Node:
+    """Keys or values with one more, of zeros, behind them."""
+    return insert(_aten.constant_pad_nd.default, node, [0, 0, 0, 1], 0.0)
+
+
 def _operand(product: Contraction, operand: fx.Node) -> Term:
     labels = product.left_axes if operand is product.left else product.right_axes
     return Term(operand, without_ones(start(operand, labels)))
@@ -217,6 +248,7 @@ def unfused_attention(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Atte
         affine.factors,
         affine.addends,
         affine.selections,
+        affine.sink,
         layouts=affine.layouts,
     )
 

@@ -23,7 +23,7 @@ from .arrange import Arranger, Insert, Term, UnclearAxes
 from .consumers import Consumer, fused_consumer, read_consumer
 from .even_widths import even_widths
 from .fused import OPERATOR, Fused
-from .operands import Attention, Operands, fused_attention, unfused_attention
+from .operands import Attention, Operands, fused_attention, unfused_attention, with_sink
 from .pinned import is_pinned
 
 _aten = torch.ops.aten
@@ -103,7 +103,7 @@ class Recomputer:
         node = self.program.node(site.nodes.map)
         if site.fused:
             return [fused_consumer(node, attention.layout)]
-        return [read_consumer(self.program, site, node, attention.layout, name) for name in site.nodes.contexts]
+        return [_read(self.program, site, node, attention, name) for name in site.nodes.contexts]
 
     def _own_consumers(self, leader: AttentionSite, attention: Attention) -> list[Consumer]:
         """What the leader does with its map; nothing where that needs the map itself, which then stays as it is."""
@@ -125,12 +125,38 @@ class Recomputer:
             added = mask.node
             if added is not None and added.meta["val"].is_floating_point():
                 added = like(insert, added, value)
+            value = self._scaled(insert, operands, arranger, consumer, value, of_values=True)
+            if operands.attention.sink is not None:
+                value = with_sink(insert, value)
             made = insert(
                 OPERATOR, query, key, value, added, dropout_p, mask.is_causal, scale=operands.attention.number
             )
+            result = self._scaled(insert, operands, arranger, consumer, made, of_values=False)
             rows = (axes.batch, axes.heads, axes.queries, consumer.channels)
-            replace(node, arranger.arrange(insert, Term(made, rows), consumer.result))
+            replace(node, arranger.arrange(insert, Term(result, rows), consumer.result))
         return made
+
+    def _scaled(
+        self, insert: Insert, operands: Operands, arranger: Arranger, consumer: Consumer, node: fx.Node, of_values: bool
+    ) -> fx.Node:
+        """Values, or else what attention made of them, times those factors of the map that they can take.
+
+        A factor that is the same for all keys may as well be applied to the result, one that is the same for all
+        queries to the values; dropout before or after it is the same.
+        """
+        axes = operands.axes
+        own = axes.keys if of_values else axes.queries
+        for factor in consumer.factors:
+            pieces = {piece for dim in factor.term.layout for piece in arranger.pieces(dim)}
+            over_keys, over_queries = (bool(pieces & set(arranger.pieces(dim))) for dim in (axes.keys, axes.queries))
+            if over_keys and over_queries:
+                reason = "needs the softmax to be all that is done to the map, but it is multiplied by a matrix"
+                raise refusal(operands.site, factor.term.node, reason)
+            if over_keys == of_values:
+                layout = (axes.batch, axes.heads, own, ())
+                by = arranger.arrange(insert, factor.term, layout) if factor.term.layout else factor.term.node
+                node = factor.apply(insert, node, by)
+        return node if of_values or consumer.number == 1 else insert(_aten.mul.Tensor, node, consumer.number)
 
     def _empties(self, operands: Operands, site: AttentionSite, consumer: Consumer) -> bool:
         """Whether a map is set to 0 where its scores were hidden, so that a query that sees no key gives zeros.
@@ -167,6 +193,13 @@ class Recomputer:
             if node.op == "output" or is_effect(node):
                 raise refusal(site, map_node, "does not compute the map, but the model also returns it or writes it")
             readers += [user for user in node.users if user not in readers]
+
+
+def _read(program: Program, site: AttentionSite, node: fx.Node, attention: Attention, name: str) -> Consumer:
+    consumer = read_consumer(program, site, node, attention.layout, attention.axes.keys, name)
+    if consumer.without_sink != (attention.sink is not None):
+        raise refusal(site, consumer.node, "needs the whole map, and of a sink nothing")
+    return consumer
 
 
 def like(insert: Insert, node: fx.Node, value: fx.Node) -> fx.Node:

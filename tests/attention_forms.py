@@ -284,3 +284,35 @@ def two_consumers(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor
 def wide_values(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
     context = product(q, k).softmax(-1) @ torch.cat([heads(v), heads(v).sin()], -1)
     return joined(context[..., :WIDTH] * context[..., WIDTH:])
+
+
+@form
+def weighted_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    """Factors of heads, queries and keys behind the softmax."""
+    place = torch.arange(1, q.shape[1] + 1, dtype=q.dtype)
+    weights = product(q, k).softmax(-1) * torch.tensor([0.5, 2.0])[:, None, None] / place[:, None] * 3 * place
+    return joined(weights @ heads(v))
+
+
+@form
+def with_a_sink(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    """As in GPT-OSS: the score of a key without a value, and the largest score subtracted."""
+    scores = product(q, k).masked_fill(padding[:, None, :, None] | padding[:, None, None], LOWEST)
+    sink = layer.temperature.expand(q.shape[0], -1, q.shape[1], -1)
+    scores = torch.cat([scores, sink], -1)
+    weights = (scores - scores.max(-1, keepdim=True).values).softmax(-1)
+    return joined(weights[..., :-1] @ heads(v))
+
+
+@form
+def with_a_sink_and_a_bias(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    scores = product(q, k) + layer.table[:, : q.shape[1]][:, None]
+    scores = torch.cat([scores, layer.temperature.expand(q.shape[0], -1, q.shape[1], -1)], -1) * 0.7
+    return joined(scores.softmax(-1)[..., :-1] @ heads(v))
+
+
+@form
+def with_stable_scores(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    """As in CogView and LayoutLMv3."""
+    scores = product(q, k).masked_fill(padding[:, None, None], LOWEST) / 4
+    return attend((scores - scores.amax(-1, keepdim=True)) * 4, v)
