@@ -11,13 +11,14 @@ from .capture import caches_off, capture, eval_mode
 from .inputs import normalise as normalise_inputs
 from .passes.normalise import normalise
 from .program import Program
-from .untouched import untouched
+from .untouched import collector_paused, untouched
 from .waive import waive_single_values
 
 
 def load_program(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None) -> Program:
     """Capture a model and normalise it. See `fxreuse.capture.capture`."""
-    program = normalise(capture(model, example_inputs))
+    with collector_paused():
+        program = normalise(capture(model, example_inputs))
     if isinstance(model, ExportedProgram):
         return program
     with untouched(model), eval_mode(model), caches_off(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,22 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
             for tensor, value in tensors:
                 if not tensor.is_meta and not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile, where it was on.
+
+    A capture makes a great many objects that nearly all stay. Going through all objects of the process, over and over,
+    to find that out takes a tenth of its time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
