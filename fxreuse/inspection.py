@@ -13,12 +13,12 @@ import torch
 from torch.export import ExportedProgram
 
 from . import inspection_text
-from .attention import AttentionSite, AttentionSites, Rejected
+from .attention import AttentionSite, Rejected
 from .errors import FxReuseError
 from .find import find
 from .frontend import load_program
 from .groups import fitting
-from .layout_names import Layout, layout_of
+from .layout_names import Layout, LayoutNames
 from .passes.reuse import reuse
 from .plan import Plan
 from .program import Guard, Program, fixed_size
@@ -155,7 +155,8 @@ def inspect_model(
     sites = find(program)
     timed("find")
     say("reading the layouts of their weights")
-    layouts = {site.nodes.map: layout_of(program, site) for site in sites}
+    names = LayoutNames(program)
+    layouts = {site.nodes.map: names.of(site) for site in sites}
     timed("layouts")
     letters = sites.letters()
     stacks = []
@@ -168,7 +169,7 @@ def inspect_model(
         model=program.name,
         inputs=_input_sizes(program, letters),
         letters={letter: sites.in_words(size) for size, letter in letters.items()},
-        conditions=tuple(guard.text for guard in program.guards if not _fixes(guard)),
+        conditions=tuple(dict.fromkeys(filter(None, map(_condition, program.guards)))),
         stacks=tuple(stacks),
         rejected=sites.rejected,
         notes=program.notes,
@@ -248,9 +249,19 @@ def _input_sizes(program: Program, letters: Mapping[str, str]) -> tuple[InputSiz
     return tuple(found)
 
 
-def _fixes(guard: Guard) -> bool:
-    """Whether a guard only says that one dimension is a number."""
-    return re.fullmatch(r'size\("[^"]*", \d+\) == \d+', guard.source) is not None
+def _condition(guard: Guard) -> str:
+    """What a guard asks for, in words; nothing where it only fixes one dimension, or waives all that it forbids.
+
+    >>> from .guards import make_guard
+    >>> _condition(make_guard('size("x", 1) == 8')), _condition(make_guard('size("x", 1) <= 64'))
+    ('', 'x: dimension 1 must be at most 64')
+    """
+    if re.fullmatch(r'size\("[^"]*", \d+\) == \d+', guard.source):
+        return ""
+    waived = re.fullmatch(r'(size\("[^"]*", 0\)) == 1 or \((.*)\)', guard.source)
+    if waived is None:
+        return guard.text
+    return "" if waived[2] in (f"{waived[1]} != 1", f"{waived[1]} > 1") else f"{guard.text}, or the batch is 1"
 
 
 def _site_data(inspected: InspectedSite) -> dict[str, Any]:

@@ -31,11 +31,13 @@ def report(found: Inspection, every: bool) -> str:
     if found.rejected:
         title += f", {_count(len(found.rejected), 'softmax', 'softmaxes')} that {_are(found.rejected)} none"
     parts = [title, _inputs(found, every), *(_stack(stack, every) for stack in found.stacks)]
+    if not count and not found.rejected:
+        parts.append("its graph has no softmax and no fused attention")
     if found.rejected:
         parts.append("\n".join(["not attention", *_rejected(found.rejected, every)]))
     if found.notes:
         parts.append("\n".join(["notes", *(_wrapped(f"[{note.kind}] {note}") for note in found.notes)]))
-    took = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in found.seconds.items())
+    took = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.seconds.items())
     return "\n\n".join([*filter(None, parts), f"took {took}"])
 
 
@@ -72,7 +74,7 @@ def _stack(stack: InspectedStack, every: bool) -> str:
 def _kind(inspected: InspectedSite) -> Hashable:
     """What a row shows, and the group: sites of which all of it is equal are one row."""
     site = inspected.site
-    way = re.sub(r"\d+", "", str(site))
+    way = re.sub(r"@\d+|\d+", "", str(site))
     heads = (site.heads, site.kv_heads, site.head_dim, site.value_dim, site.fused)
     return (inspected.group, way, heads, inspected.map_shape, site.mask, site.bias, inspected.layout.text)
 
@@ -93,17 +95,21 @@ def _row(kind: Sequence[InspectedSite]) -> list[str]:
 
 
 def _weights(sites: Sequence[InspectedSite]) -> list[str]:
-    """The weights behind the attentions of a stack, and why one is not known."""
+    """The weights behind the attentions of a stack; and where their rows cannot be told apart, the reason."""
     lines = []
     for name in ("queries", "keys", "values", "output"):
         paths = list(dict.fromkeys(s.layout.weights[name] for s in sites if name in s.layout.weights))
-        for alike in _alike(paths, lambda path: re.sub(r"\d+", "", path)):
-            lines.append(f"  {name:8} {template(alike, 'i')}")
-        unknown = [s for s in sites if name in s.layout.unknown]
-        if unknown:
-            layers = ranges([s.site.layer for s in unknown])
-            reason = f"not known in layers {layers}: {unknown[0].layout.unknown[name]}"
-            lines.append(_wrapped(f"  {name:8} {reason}", indent=11))
+        named = [template(alike, "i") for alike in _alike(paths, lambda path: re.sub(r"\d+", "", path))]
+        missing = [s.site.layer for s in sites if name not in s.layout.weights]
+        if missing:
+            named.append(f"not known in layers {ranges(missing)}")
+        lines.append(f"  {name:8} {', '.join(named)}")
+    for name in ("queries", "keys", "values", "output"):
+        unread = [s for s in sites if name in s.layout.unread]
+        if unread and not (name == "keys" and any("queries" in s.layout.unread for s in unread)):
+            layers = ranges([s.site.layer for s in unread])
+            reason = _shortened(unread[0].layout.unread[name])
+            lines.append(_wrapped(f"  note     layers {layers}: {reason}", indent=11))
     return lines
 
 
@@ -126,7 +132,8 @@ def _plans(stack: InspectedStack) -> list[str]:
     lines = [f"  plans    {'   '.join(fit)}"] if fit else []
     for alike in _alike([trial for trial in stack.plans if trial.refused], lambda trial: trial.refused):
         plans = ", ".join(trial.plan for trial in alike)
-        lines.append(_wrapped(f"  not      {plans}: {alike[0].refused}", indent=11))
+        reason = alike[0].refused.partition(". ")[0]
+        lines.append(_wrapped(f"  not      {plans}: {reason}", indent=11))
     return lines
 
 
@@ -139,14 +146,13 @@ def _rejected(rejected: Sequence[Rejected], every: bool) -> list[str]:
         count = f" ({len(place)} times)" if len(place) > 1 else ""
         lines.append(_wrapped(f"  {where}{count}: {place[0].reason}"))
         if place[0].source:
-            lines.append(f"    {_short(place[0].source)}")
+            lines.append(f"    {_shortened(place[0].source)}")
     return lines
 
 
-def _short(source: str) -> str:
-    """A line of code with its file named from the package, or from the working directory."""
-    source = re.sub(r"^.*/(site-packages|dist-packages)/", "", source)
-    return source.removeprefix(f"{Path.cwd()}/")
+def _shortened(text: str) -> str:
+    """A text with files named from their package, or from the working directory."""
+    return re.sub(r"/[^\s()]*/(site|dist)-packages/", "", text).replace(f"{Path.cwd()}/", "")
 
 
 def _alike(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:

@@ -42,13 +42,23 @@ def factory(tmp_path):
 def test_inspect_lists_the_attentions(capsys):
     assert main(["inspect", "transformers:HubertConfig", *HUBERT]) == 0
     out, _ = capsys.readouterr()
-    assert len([line for line in out.splitlines() if "attention" in line and "self" in line]) == 4
+    assert "stack encoder.layers.{i}·self: 4 layers" in out
+    assert "0…3       encoder.layers.{0…3}.attention" in out
+    assert "plans    2x2" in out
 
 
 def test_inspect_takes_a_factory_with_inputs_and_a_target(factory, capsys):
     assert main(["inspect", factory, "--target", "layers.1"]) == 0
-    out, _ = capsys.readouterr()
-    assert len([line for line in out.splitlines() if "self" in line]) == 1
+    assert "stack self_attn·self: 1 layer\n" in capsys.readouterr().out
+
+
+def test_inspect_prints_json_and_every_attention(factory, capsys):
+    assert main(["inspect", factory, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["stacks"][0]["attentions"]) == 4
+    assert main(["inspect", factory, "--all", "--set", "layers=2"]) == 0
+    out = capsys.readouterr().out
+    assert "layers.0.self_attn " in out
+    assert "layers.1.self_attn " in out
 
 
 # verify
