@@ -8,6 +8,7 @@ and what it gains.
 from .apply import apply, describe, find_attention
 from .attention import AttentionSite, AttentionSites
 from .errors import CaptureError, FxReuseError, InputError, PlanError, UnsupportedError
+from .map_workspace import release_workspaces
 from .plan import Plan
 from .record import Decision, Note, Record
 from .verify import Verification, verify
@@ -32,5 +33,6 @@ __all__ = [
     "apply",
     "describe",
     "find_attention",
+    "release_workspaces",
     "verify",
 ]
