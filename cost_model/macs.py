@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..errors import UnsupportedError
+from ..map_workspace import attention_map
 from .einsum import einsum_macs
 from .sizes import elements, operands, operator_name, product, shape
 
@@ -205,6 +206,16 @@ def _attention(node: fx.Node) -> sympy.Expr:
 def attention_map_shape(node: fx.Node) -> tuple[sympy.Expr, ...]:
     """The shape of the map inside a fused attention: batch, query heads, queries, keys."""
     return (*shape(node)[:-1], shape(operands(node)[1])[-2])
+
+
+#: What computes the map of an attention whose map is stored.
+STORED_MAP = f"{attention_map.__module__}.{attention_map.__qualname__}"
+
+
+@formula(STORED_MAP)
+def _stored_map(node: fx.Node) -> sympy.Expr:
+    """Every (batch, head, query, key) takes the query's width."""
+    return elements(node) * shape(operands(node)[0])[-1]
 
 
 #: Operators that compute an attention whole, map and context.

@@ -12,12 +12,13 @@ from torch import fx
 
 from ..program import module_path
 from .einsum import indices
-from .macs import FUSED_ATTENTION, attention_map_shape
+from .macs import FUSED_ATTENTION, STORED_MAP, attention_map_shape
 from .sizes import elements, operands, operator_name, product, shape, tensor
 from .walk import Step
 
 #: Operators whose result may be an attention map.
 SOFTMAX = frozenset({"aten.softmax", "aten._softmax", "aten._safe_softmax"})
+_MAPS = SOFTMAX | {STORED_MAP}
 _MATRIX_PRODUCTS = frozenset({"aten.matmul", "aten.bmm", "aten.baddbmm", "aten.linalg_matmul"})
 _CONTRACTIONS = _MATRIX_PRODUCTS | FUSED_ATTENTION | {"aten.einsum", "aten.linear", "aten.addmm", "aten.mm"}
 
@@ -50,7 +51,7 @@ def attention_maps(steps: Iterable[Step]) -> list[AttentionMap]:
     A softmax is one where its result, before or after dropout, masks, casts and views, is contracted over its own
     dimension with values; with a single query only if its scores are a product, since otherwise it pools. A fused
     attention has one inside; it is the map of an earlier attention if both have the same query, key and mask (up to
-    scale and zero padding), or if that one is a softmax over scores of the same query and key. The element size is
+    scale and zero padding), or if that one is stored, of the same query and key. The element size is
     the one with which the map meets the values.
     """
     found: list[AttentionMap] = []
@@ -63,10 +64,11 @@ def attention_maps(steps: Iterable[Step]) -> list[AttentionMap]:
             scores = _scores(_pair(step, query, key), attention_map)
             identity = (scores, _masks(step))
             same, mine = {scores, identity}, {identity}
-        elif name in SOFTMAX and (contracted := _contracted(step)) is not None:
+        elif name in _MAPS and (contracted := _contracted(step)) is not None:
             attention_map = AttentionMap(path, step.node.name, shape(step.node), _itemsize(contracted), False)
             identity = step.values[step.node]
-            same, mine = {identity}, {identity, *(_scores(pair, attention_map) for pair in _score_products(step))}
+            pairs = [_pair(step, *operands(step.node)[:2])] if name == STORED_MAP else _score_products(step)
+            same, mine = {identity}, {identity, *(_scores(pair, attention_map) for pair in pairs)}
         else:
             continue
         if known.isdisjoint(same):
@@ -119,19 +121,25 @@ def _score_products(step: Step) -> Iterator[Pair]:
 def _contracted(step: Step) -> fx.Node | None:
     """The form of a softmax's result that is contracted with values; None where it is no attention map."""
     softmax = step.node
-    keys, size = shape(softmax)[operands(softmax)[1]], elements(softmax)
+    dim = -1 if operator_name(softmax) == STORED_MAP else operands(softmax)[1]
+    keys, size = shape(softmax)[dim], elements(softmax)
     pending, seen = [softmax], {softmax}
     while pending:
         node = pending.pop()
         for user in node.users:
             if operator_name(user) in _CONTRACTIONS:
                 queries = _queries(user, node, keys)
-                if queries is not None and (queries != 1 or any(_score_products(step))):
+                if queries is not None and (queries != 1 or _has_scores(step)):
                     return node
             elif isinstance(user.meta.get("val"), torch.Tensor) and user not in seen and elements(user) == size:
                 seen.add(user)
                 pending.append(user)
     return None
+
+
+def _has_scores(step: Step) -> bool:
+    """Whether a map is made of a product of queries and keys."""
+    return operator_name(step.node) == STORED_MAP or any(_score_products(step))
 
 
 def _queries(user: fx.Node, node: fx.Node, keys: sympy.Expr) -> sympy.Expr | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,7 +49,8 @@ def elements(node: fx.Node) -> sympy.Expr:
 def operator_name(node: fx.Node) -> str:
     """The operator that a node calls, without overload or in-place mark: ``aten.addmm``; empty if it calls none.
 
-    Higher-order operators go by their own name: ``flex_attention``.
+    Higher-order operators go by their own name: ``flex_attention``; functions by module and name:
+    ``fxreuse.map_workspace.attention_map``.
     """
     target = node.target
     if node.op != "call_function":
@@ -56,6 +58,8 @@ def operator_name(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.replace("::", ".")
         return name.removesuffix("_") if target._schema.is_mutable else name
+    if isinstance(target, types.FunctionType):
+        return f"{target.__module__}.{target.__qualname__}"
     return target.name() if isinstance(target, torch._ops.HigherOrderOperator) else ""
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxreuse.map_workspace import attention_map
+
 Inputs = tuple[Any, ...] | dict[str, Any]
 Gradients = dict[str, torch.Tensor | None]
 
@@ -19,6 +21,7 @@ _MAPS = {
     torch.ops.aten._softmax.default,
     torch.ops.aten._safe_softmax.default,
     torch.ops.aten.scaled_dot_product_attention.default,
+    attention_map,
 }
 
 
