@@ -7,10 +7,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 
 from .attention import AttentionSites
+from .cost_model.count import count
 from .emit import emit
 from .errors import FxReuseError, PlanError, UnsupportedError
 from .find import find
@@ -96,18 +98,32 @@ def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Progr
     removed: dict[str, int] = {}
     added: dict[str, int] = {}
     buffers: tuple[str, ...] = ()
+    notes: list[Note] = []
     for step in plan.passes:
         name, leaders = choose_stack(step, stacks)
         if any(decision.stack == name for decision in decisions):
             raise PlanError(f"plan {str(plan)!r} names the stack {name} twice; give every stack one part of the plan.")
         result = lay_reuse(program, sites.stacks[name], leaders, step)
+        notes += _note_gain(program, result.program, step.values, name)
         program = keep_leaders(result.program, result.decisions, sites)
         decisions += result.decisions
         removed |= result.removed
         added |= result.added
         buffers += result.buffers_removed
-    record = Record(str(plan), stacks, decisions, removed, added, buffers_removed=buffers)
+    record = Record(str(plan), stacks, decisions, removed, added, tuple(notes), buffers_removed=buffers)
     return program, record
+
+
+def _note_gain(before: Program, after: Program, values: int, stack: str) -> list[Note]:
+    """A note where wider values cost all the work that shared maps save."""
+    if values == 1:
+        return []
+    saved = sympy.expand(count(before).macs - count(after).macs)
+    if not saved.is_nonpositive:
+        return []
+    price = "as much as" if saved == 0 else "more than"
+    text = f"values={values} costs {price} reuse saves: no fewer multiply-accumulates than before, at any length"
+    return [Note("cost", stack, text, "leave values= out for speed; it is there to keep the number of parameters")]
 
 
 def keep_leaders(program: Program, decisions: Sequence[Decision], sites: AttentionSites) -> Program:

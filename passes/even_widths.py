@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
@@ -37,7 +37,7 @@ def even_widths(nodes: Iterable[fx.Node]) -> None:
                 node.update_arg(index, padded[part, own])
         else:
             with inserting_before(node) as insert:
-                node.update_arg(2, insert(_aten.constant_pad_nd.default, fused.value, [0, width - own], 0.0))
+                node.update_arg(2, _with_zeros(insert, fused.value, width - own))
             _cut(node, width, own)
 
 
@@ -50,10 +50,21 @@ def _name_scale(node: fx.Node, scale: float) -> None:
 
 def _padded(node: fx.Node, by: int) -> fx.Node:
     """A tensor with zero channels behind its own, made where the tensor is."""
-    with inserting_before(node.next) as insert:
-        made = insert(_aten.constant_pad_nd.default, node, [0, by], 0.0)
-    made.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+    following = node.next
+    with inserting_before(following) as insert:
+        made = _with_zeros(insert, node, by)
+    new = node.next
+    while new is not following:
+        new.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+        new = new.next
     return made
+
+
+def _with_zeros(insert: Callable[..., fx.Node], node: fx.Node, by: int) -> fx.Node:
+    """A tensor and zero channels. (`constant_pad_nd` on symbolic sizes fixes them.)"""
+    one = insert(_aten.zeros_like.default, insert(_aten.slice.Tensor, node, -1, 0, 1))
+    shape = [-1] * (node.meta["val"].dim() - 1)
+    return insert(_aten.cat.default, [node, insert(_aten.expand.default, one, [*shape, by])], -1)
 
 
 def _cut(node: fx.Node, width: int, to: int) -> None:

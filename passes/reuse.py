@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
-from fxreuse.nodes import remove_dead
+from fxreuse.layout import context_of
+from fxreuse.nodes import is_call, remove_dead
 from fxreuse.program import Program
 from fxreuse.record import Decision
 from fxreuse.tree import drop, reads
@@ -17,8 +19,11 @@ from fxreuse.tree import drop, reads
 from .check_groups import check_groups
 from .cut_projections import cut_projections
 from .decisions import decision, with_added, with_removed
+from .even_widths import even_widths
+from .fused import OPERATOR
 from .materialize import Materializer
 from .recompute import Recomputer
+from .widen_values import widen_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +75,13 @@ def reuse(
     program = program.copy()
     before = reads(program)
     followers = [sites[layer] for layer, leader in enumerate(leaders) if layer != leader]
-    if options.values > 1 or options.dtype is not None:
-        raise UnsupportedError("values= and dtype= are not built yet.")
-    added: dict[str, int] = {}
+    if options.dtype is not None:
+        raise UnsupportedError("dtype= is not built yet.")
     decisions = _lower(program, sites, leaders, options)
     remove_dead(program.graph)
     removed = cut_projections(program, followers)
+    added = widen_values(program, followers, options.values)
+    even_widths(_fused_contexts(program, followers) if added else ())
     gone = before.keys() - reads(program).keys()
     drop(program, set(gone))
     program.module.recompile()
@@ -104,6 +110,12 @@ def _lower(
         for layer in members:
             decisions[layer] = decision(sites[layer], sites[leader], bool(followers), chosen, reason)
     return [decisions[layer] for layer in sorted(decisions)]
+
+
+def _fused_contexts(program: Program, followers: Sequence[AttentionSite]) -> list[fx.Node]:
+    """The fused operators among what contracts the followers' values."""
+    contexts = [context_of(program, site, index) for site in followers for index in range(len(site.nodes.values))]
+    return [node for node in contexts if is_call(node, OPERATOR)]
 
 
 def choose_lowering(program: Program, leader: AttentionSite, options: Options) -> tuple[str, str]:

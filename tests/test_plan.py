@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -510,3 +513,20 @@ def test_no_stack_or_several(text: str, stacks: dict[str, int], message: str) ->
     with pytest.raises(PlanError) as caught:
         choose_stack(Plan.parse(text).passes[0], stacks)
     assert str(caught.value) == message
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "plans.md"
+
+
+def test_examples_of_the_document() -> None:
+    failed, attempted = doctest.testfile(str(DOCUMENT), module_relative=False, encoding="utf-8")
+    assert attempted > 5
+    assert failed == 0
+
+
+def test_plans_of_the_document() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    papers = re.findall(r"^\| `([^`]+)` \| `", text.partition("## The papers' plans")[2], re.M)
+    assert len(papers) == 6
+    for written in papers:
+        assert str(Plan.parse(written)) == written
