@@ -17,6 +17,7 @@ from .emit import emit
 from .errors import FxReuseError, PlanError, UnsupportedError
 from .find import find
 from .frontend import load_program
+from .inputs import check_model
 from .passes.fold_modules import fold_modules
 from .passes.lay_reuse import lay_reuse
 from .plan import Plan
@@ -69,8 +70,6 @@ def apply(
     """
     parsed = Plan.of(plan)
     if target is not None:
-        if isinstance(model, ExportedProgram):
-            raise UnsupportedError("target= needs the model itself; an exported program has no submodules to replace.")
         inner, inputs = captured_inputs(model, target, example_inputs)
         return replace_submodule(model, target, _apply(inner, parsed, inputs, copy))
     return _apply(model, parsed, example_inputs, copy)
@@ -158,7 +157,7 @@ def find_attention(
     >>> [str(site) for site in fxreuse.find_attention(model, torch.randn(2, 5, 16))]
     ['layers.0.self_attn', 'layers.1.self_attn']
     """
-    if target is not None and not isinstance(model, ExportedProgram):
+    if target is not None:
         model, example_inputs = captured_inputs(model, target, example_inputs)
     return find(load_program(model, example_inputs))
 
@@ -171,6 +170,7 @@ def describe(rewritten: torch.nn.Module) -> Record:
     Raises:
         FxReuseError: where the module is not one that `apply` made.
     """
+    check_model(rewritten, "describe")
     found = [module for module in rewritten.modules() if isinstance(module, Rewritten)]
     if not found:
         raise FxReuseError(

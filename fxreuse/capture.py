@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from . import guards as guarding
 from .errors import CaptureError, InputError
 from .example_sizes import free_shapes, shorten, widen_batch
+from .exported import arguments_of
 from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
 from .named_keywords import named_keywords
@@ -43,7 +44,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
         InputError: where the example inputs do not fit the model.
     """
     if isinstance(model, ExportedProgram):
-        return _from_exported(model)
+        return _from_exported(model, example_inputs)
     inputs = normalise(model, example_inputs)
     with untouched(model), eval_mode(model), caches_off(model):
         facts = probe(model, inputs.args, inputs.kwargs)
@@ -201,15 +202,11 @@ def caches_off(model: torch.nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _to_program(
-    exported: ExportedProgram, bound: dict[str, Any] | None, signature: inspect.Signature | None, name: str
-) -> Program:
+def _to_program(exported: ExportedProgram, bound: dict[str, Any], signature: inspect.Signature, name: str) -> Program:
     module = exported.module(check_guards=False)
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     module.graph.set_codegen(fx.graph.CodeGen())
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    if bound is None or signature is None:
-        bound, signature = _signature_of(exported)
     arguments = _arguments(bound)
     flat = [leaf for argument in arguments for leaf in argument.leaves]
     if len(flat) != len(placeholders):
@@ -266,8 +263,8 @@ def _accepted(call: CallingConvention, model: torch.nn.Module) -> dict[str, tupl
     return accepted
 
 
-def _from_exported(exported: ExportedProgram) -> Program:
-    program = _to_program(exported, None, None, "the exported program")
+def _from_exported(exported: ExportedProgram, example_inputs: Any) -> Program:
+    program = _to_program(exported, *arguments_of(exported, example_inputs), "the exported program")
     training = Note(
         "training",
         program.name,
@@ -276,17 +273,6 @@ def _from_exported(exported: ExportedProgram) -> Program:
     )
     program.notes = (*_size_notes(program, "exported"), training)
     return program
-
-
-def _signature_of(exported: ExportedProgram) -> tuple[dict[str, Any], inspect.Signature]:
-    """Names and example values of an exported program's arguments; it keeps no defaults."""
-    args, kwargs = exported.example_inputs or ((), {})
-    names = list(exported.module_call_graph[0].signature.forward_arg_names or ())
-    if len(names) < len(args) + len(kwargs):
-        names = [f"arg{index}" for index in range(len(args))] + list(kwargs)
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return bound, inspect.Signature([inspect.Parameter(name, kind) for name in bound])
 
 
 def _size_notes(program: Program, how: str) -> tuple[Note, ...]:

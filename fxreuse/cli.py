@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _libraries_silenced():
         warnings.simplefilter("ignore")  # what libraries say to their developers
         warnings.simplefilter("always", fxreuse.TrainingWarning)
         warnings.showwarning = _show_warning
@@ -49,6 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("fxreuse: interrupted", file=sys.stderr)
             return 130
     return 0 if passed else 1
+
+
+@contextmanager
+def _libraries_silenced() -> Iterator[None]:
+    """Without the logs of libraries: what torch has to say of a failed attempt is in the message that follows."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _inspect(options: argparse.Namespace) -> bool:

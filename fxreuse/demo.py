@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -158,7 +159,7 @@ def _inputs(request: Request, loaded: model_spec.LoadedModel) -> tuple[Any, str]
 
 def _waveform(request: Request) -> tuple[torch.Tensor, str]:
     """The audio as a speech model takes it, of shape (samples,), and where it came from."""
-    if not request.seconds > 0:
+    if not 0 < request.seconds < math.inf:
         raise InputError(f"--seconds: expected a positive number, found {request.seconds:g}")
     if request.audio is None:
         return audio.speech_like(request.seconds), "synthetic speech"

@@ -8,6 +8,7 @@ import torch
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from .errors import InputError
 from .inputs import Inputs, bind
 
 
@@ -21,6 +22,8 @@ def widen_batch(inputs: Inputs) -> Inputs:
     if len(batches) != 1 or any(leaf.ndim == 0 for leaf in leaves):
         return inputs
     (batch,) = batches
+    if batch == 0:
+        raise InputError("example_inputs: expected at least one row, found a batch of 0; pass inputs with rows in them")
     others = {size for leaf in leaves for size in leaf.shape[1:]}
     wide = max(2, batch)
     while wide in others:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.export import ExportedProgram
 
 from .errors import InputError
 from .infer import describe_forward, infer_arguments, signature_of
@@ -40,6 +41,7 @@ def normalise(model: torch.nn.Module, example_inputs: Any = None) -> Inputs:
     >>> normalise(torch.nn.Linear(4, 4), {"input": 1.0})
     Inputs(args=(), kwargs={'input': 1.0})
     """
+    check_model(model)
     if example_inputs is None:
         return infer(model)
     inputs = _as_call(model, example_inputs)
@@ -48,6 +50,30 @@ def normalise(model: torch.nn.Module, example_inputs: Any = None) -> Inputs:
     _check_counts(model, signature, inputs)
     order = [*signature.parameters, *inputs.kwargs]
     return Inputs(inputs.args, dict(sorted(inputs.kwargs.items(), key=lambda item: order.index(item[0]))))
+
+
+def check_model(model: Any, role: str = "model") -> None:
+    """Raise where something is no module, such as a class that was not called, or the name of a model.
+
+    >>> check_model(torch.nn.Linear)
+    Traceback (most recent call last):
+    fxreuse.errors.InputError: model: expected a torch.nn.Module, found the class Linear; make one by calling the class
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        found, remedy = f"a scripted {model.original_name}", "pass the module that it was scripted from"
+    elif isinstance(model, torch.nn.Module):
+        return
+    elif isinstance(model, type):
+        found, remedy = f"the class {model.__name__}", "make one by calling the class"
+    elif isinstance(model, str):
+        found, remedy = f"the string {model!r}", "load the model first"
+    elif isinstance(model, ExportedProgram):
+        found, remedy = "an exported program", "pass the model that it was exported from"
+    elif callable(model):
+        found, remedy = f"a {type(model).__name__}", "wrap it in a torch.nn.Module whose forward calls it"
+    else:
+        found, remedy = f"a {type(model).__name__}", "pass the model itself"
+    raise InputError(f"{role}: expected a torch.nn.Module, found {found}; {remedy}")
 
 
 def bind(model: torch.nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -150,7 +176,10 @@ def _check_counts(model: torch.nn.Module, signature: inspect.Signature, inputs: 
         and parameter.name not in given
     ]
     if missing:
-        raise _error(model, signature, f"missing {_list(missing)}, found {_list([*given]) or 'nothing'}")
+        known = [name for name in given if name in signature.parameters]
+        dict_at_once = inputs.kwargs and not known
+        hint = " (where forward takes a dict, pass it in a tuple: (inputs,))" if dict_at_once else ""
+        raise _error(model, signature, f"missing {_list(missing)}, found {_list([*given]) or 'nothing'}{hint}")
 
 
 def _error(model: torch.nn.Module, signature: inspect.Signature, reason: str) -> InputError:

@@ -138,7 +138,10 @@ def _from_factory(spec: str, module: types.ModuleType, name: str, settings: Mapp
         if settings:
             raise ModelSpecError(f"model {spec!r} is a model already, not a factory: it takes no settings")
         return LoadedModel(factory, None, "factory")
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = _signature(factory).parameters
+    except (TypeError, ValueError) as error:
+        raise ModelSpecError(f"model {spec!r}: {name!r} is no factory of a model ({error})") from error
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     hints = {
         key: annotation_of(p.annotation, p.default) for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD
@@ -169,7 +172,7 @@ def _signature(factory: Callable[..., Any]) -> inspect.Signature:
     """The signature of a factory, its annotations as types where they can be evaluated."""
     try:
         return inspect.signature(factory, eval_str=True)
-    except NameError:
+    except (AttributeError, NameError, SyntaxError, TypeError):  # what annotations can raise that are no types
         return inspect.signature(factory)
 
 
@@ -179,7 +182,7 @@ def _from_config(name: str, settings: Mapping[str, str]) -> LoadedModel:
     config_class = getattr(transformers, name, None)
     if not (isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig)):
         known = [key for key in dir(transformers) if key.endswith("Config")]
-        close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        close = [other for other in difflib.get_close_matches(name, known, n=4, cutoff=0.5) if other != name]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ModelSpecError(f"model 'transformers:{name}': transformers has no config class {name!r}{hint}")
     config = _configured(config_class, config_class, settings)
@@ -188,7 +191,7 @@ def _from_config(name: str, settings: Mapping[str, str]) -> LoadedModel:
             f"model 'transformers:{name}': transformers.AutoModel knows no model for {name}; "
             "write a factory that builds it and name it as file.py:factory"
         )
-    with _seeded():
+    with _blaming(f"model 'transformers:{name}': building it"), _seeded():
         return LoadedModel(transformers.AutoModel.from_config(config), None, "random")
 
 
@@ -210,9 +213,9 @@ def _pretrained(name: str, settings: Mapping[str, str]) -> LoadedModel:
         config = _configured(lambda **v: transformers.AutoConfig.from_pretrained(source, **v), config_class, settings)
         with _seeded():
             model, info = transformers.AutoModel.from_pretrained(source, config=config, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelSpecError):
-            raise
+    except ModelSpecError:
+        raise
+    except Exception as error:  # every format of weights, and every model, fails with exceptions of its own
         advice = (
             "check the files in it"
             if folder.is_dir()
@@ -260,14 +263,16 @@ def _blaming(what: str) -> Iterator[None]:
         yield
     except FxReuseError:
         raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ModelSpecError(
-            f"{what} raised {type(error).__name__}: {_first_line(error)} ({last.filename}, line {last.lineno})"
-        ) from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError):
+            said, file, line = error.msg, error.filename, error.lineno
+        else:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            said, file, line = _first_line(error), last.filename, last.lineno
+        raise ModelSpecError(f"{what} raised {type(error).__name__}: {said} ({file}, line {line})") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 

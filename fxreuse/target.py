@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .capture import caches_off, eval_mode
 from .errors import InputError, UnsupportedError
-from .inputs import Inputs, normalise
+from .inputs import Inputs, check_model, normalise
 from .untouched import untouched
 
 _LISTED = 8
@@ -56,6 +56,7 @@ def captured_inputs(
             f"target={target!r} needs the model itself: an exported program has no submodules to replace. "
             "Pass the model, or leave target= out to take the whole program."
         )
+    check_model(model)
     inner = _submodule(model, target)
     inputs = normalise(model, example_inputs)
     run = _run(model, inner, Inputs(*_copied((inputs.args, inputs.kwargs))))

@@ -11,7 +11,9 @@ from torch.utils import _pytree as pytree
 
 from .capture import caches_off
 from .checks import Compiled, Pair, check_compiled, check_outputs, check_speed, compile_both, copies, mapped
-from .inputs import Inputs, normalise
+from .errors import InputError
+from .infer import describe_forward, signature_of
+from .inputs import Inputs, check_model, normalise
 from .record import Record
 from .verification import Verification
 
@@ -65,8 +67,12 @@ def verify(
     True
     """
     say = progress or _silent
+    check_model(original, "original")
+    check_model(rewritten, "rewritten")
+    if tolerance is not None and not isinstance(tolerance, (int, float)):
+        raise InputError(f"tolerance: expected a number, found {tolerance!r}")
     inputs = normalise(original, example_inputs)
-    where = torch.device(device) if device is not None else _device(original, inputs)
+    where = _device(original, inputs) if device is None else _usable(device)
     record = getattr(rewritten, "record", None)
     record = record if isinstance(record, Record) else None
     backend = "inductor" if compile is True else compile
@@ -76,6 +82,7 @@ def verify(
         stack.enter_context(caches_off(before))
         stack.enter_context(caches_off(after))
         pair = Pair(before, after, mapped(inputs, lambda tensor: tensor.to(where)))
+        _check_runs(pair)
         say("comparing outputs in float64 and float32")
         outputs, shapes = check_outputs(pair, record, tolerance)
         works = outputs.tensors > 0
@@ -114,6 +121,35 @@ def _device(model: torch.nn.Module, inputs: Inputs) -> torch.device:
     """The device of the model, or of its inputs where it has no tensors."""
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(tuple(inputs))]
     return next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), torch.device("cpu"))
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """A device that tensors can be on here.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"device {str(device)!r} cannot be used here: {reason}; leave it out to use the model's"
+        ) from error
+    return where
+
+
+def _check_runs(pair: Pair) -> None:
+    """Raise where the original fails on the example inputs: there is nothing to compare with then."""
+    try:
+        pair.call(pair.original)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise InputError(
+            f"{type(pair.original).__name__} itself fails on these example_inputs: {type(error).__name__}: "
+            f"{lines[0].rstrip('.')}. Pass inputs that it accepts; {describe_forward(signature_of(pair.original))}."
+        ) from error
 
 
 def _many_graphs(compiling: bool) -> contextlib.AbstractContextManager[None]:
