@@ -14,6 +14,7 @@ from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
 from fxreuse.flow import Flow
 from fxreuse.map_workspace import attention_map
+from fxreuse.mask_proof import MaskProver
 from fxreuse.nodes import argument, inserting_before, is_call, replace
 from fxreuse.program import Program
 
@@ -51,6 +52,10 @@ class Materializer:
     @functools.cached_property
     def _flow(self) -> Flow:
         return Flow(self.program)
+
+    @functools.cached_property
+    def _prover(self) -> MaskProver:
+        return MaskProver(self.program.graph)
 
     def share(self, leader: AttentionSite, followers: Sequence[AttentionSite]) -> None:
         """Make the leader's map a node of the graph, and contract it with each follower's own values.
@@ -96,16 +101,19 @@ class Materializer:
 
     def _store_affine(self, leader: AttentionSite, node: fx.Node) -> _Map:
         attention = unfused_attention(leader, node, self._flow)
+        if attention.sink is not None:
+            raise UnclearAxes("the map of a sink has a key more than the values")
         if any(selection.fill != -math.inf for selection in attention.selections):
             raise UnclearAxes(
                 "a score that is replaced by a number that is finite has no gradient, one that it is added to has"
             )
-        operands = Operands(leader, node, attention)
+        operands = Operands(leader, node, attention, self._prover)
         if operands.query.meta["val"].dtype != node.meta["val"].dtype:
             raise UnclearAxes("the scores are computed in another dtype than the map")
+        mask = operands.mask(empty_to_zero=False)
         with inserting_before(node) as insert:
-            options = (operands.mask(False), attention.is_causal, attention.number, False, self.dtype)
-            made = insert(attention_map, operands.query, operands.key, *options)
+            options = (mask.node, mask.is_causal, attention.number, False, self.dtype)
+            made = insert(attention_map, mask.query, operands.key, *options)
             stored = operands.arranger.arrange(insert, Term(made, operands.axes.map), attention.layout)
         return self._map(node, stored, operands.query)
 
