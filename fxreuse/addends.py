@@ -13,13 +13,15 @@ import torch
 from torch import fx
 
 from .axes import sizes
-from .contractions import contraction
+from .contractions import Contraction, contraction
 from .flow import Flow, value_operands
 from .follow import SAME_VALUE, arguments, aten, followable, is_elementwise, packet
 from .program import Program, get_attribute, tensor_inputs
+from .softmaxes import is_shift
 from .value_numbers import ValueNumbers, digest
 
 _SELECTIONS = frozenset({aten.where, aten.masked_fill})
+_JOINING = frozenset({aten.cat, aten.concat})
 _SCALINGS = frozenset({aten.mul, aten.multiply, aten.div, aten.divide, aten.true_divide})
 
 
@@ -40,29 +42,60 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True)
 class Addends:
-    """The masks and the biases of an attention."""
+    """The masks and the biases of an attention.
+
+    ``sinks`` are further scores that take part in the softmax; ``mixings`` are products that mix heads by parameters.
+    """
 
     masks: tuple[Mask, ...]
     biases: tuple[fx.Node, ...]
+    sinks: tuple[fx.Node, ...] = ()
+    mixings: tuple[fx.Node, ...] = ()
 
 
-def split_addends(top: fx.Node, spine: tuple[fx.Node, ...], flow: Flow, numbers: ValueNumbers) -> Addends:
+def split_addends(
+    top: fx.Node,
+    spine: tuple[fx.Node, ...],
+    flow: Flow,
+    numbers: ValueNumbers,
+    axis: int = -1,
+    factors: tuple[tuple[fx.Node, bool], ...] = (),
+) -> Addends:
     """Masks and biases of the scores ``top``; ``spine`` are the nodes between their product and them.
 
-    For a fused attention ``top`` is its ``attn_mask``, and the spine is empty.
+    For a fused attention ``top`` is its ``attn_mask``, and the spine is empty. ``axis`` is that of the softmax, from
+    the last one on; ``factors`` are the masks of its exponentials, each with whether it keeps what it marks.
     """
-    splitter = _Splitter(frozenset(spine), flow, numbers)
+    splitter = _Splitter(spine, flow, numbers, axis)
     splitter.split(top, ())
-    return Addends(tuple(splitter.masks), tuple(splitter.biases))
+    for node, keeps in factors:
+        splitter.factor(node, keeps)
+    return Addends(*map(tuple, (splitter.masks, splitter.biases, splitter.sinks, splitter.mixings)))
 
 
 class _Splitter:
-    def __init__(self, spine: frozenset[fx.Node], flow: Flow, numbers: ValueNumbers) -> None:
-        self._spine = spine
+    def __init__(self, spine: tuple[fx.Node, ...], flow: Flow, numbers: ValueNumbers, axis: int) -> None:
+        self._product = spine[0] if spine else None
+        self._spine = frozenset(spine)
         self._flow = flow
         self._numbers = numbers
+        self._axis = axis
         self.masks: list[Mask] = []
         self.biases: list[fx.Node] = []
+        self.sinks: list[fx.Node] = []
+        self.mixings: list[fx.Node] = []
+
+    def factor(self, node: fx.Node, keeps: bool) -> None:
+        """A condition on exponentials, or a factor of them."""
+        condition = node
+        while packet(condition) in SAME_VALUE:
+            condition = value_operands(condition)[0]
+        if node in self._flow.parameters:
+            self.biases.append(node)
+        elif _is_condition(condition):
+            self._mask(condition, keeps, ())
+        else:
+            self._mask(node, None, ("factor",))
 
     def split(self, node: fx.Node, outer: tuple[str, ...]) -> None:
         """``outer`` are the numbers of what is done to the value on its way to the softmax."""
@@ -76,6 +109,8 @@ class _Splitter:
             if found.addend is not None:
                 weighted = arguments(node).get("beta", 1) != 1
                 self.split(found.addend, (*outer, self._signature(node)) if weighted else outer)
+            if node is not self._product:
+                self._mixing(node, found, outer)
             return
         if op is aten.add or op is aten.sub or op is aten.subtract:
             self._sum(node, outer)
@@ -86,8 +121,18 @@ class _Splitter:
         else:
             self.biases.append(node)
 
+    def _mixing(self, node: fx.Node, found: Contraction, outer: tuple[str, ...]) -> None:
+        """Through heads that are mixed by parameters."""
+        scores = next((o for o in found.operands[:2] if o in self._spine), None)
+        if scores is not None:
+            self.mixings.append(node)
+            self.split(scores, (*outer, "mixed"))
+
     def _sum(self, node: fx.Node, outer: tuple[str, ...]) -> None:
         first, second = node.args[:2]
+        if isinstance(first, fx.Node) and isinstance(second, fx.Node) and is_shift(second, first, self._axis):
+            self.split(first, outer)
+            return
         negated = packet(node) is not aten.add or node.kwargs.get("alpha", 1) != 1
         for operand, changed in ((first, False), (second, negated)):
             if isinstance(operand, fx.Node) and isinstance(operand.meta["val"], torch.Tensor):
@@ -131,7 +176,9 @@ class _Splitter:
         """Through an operator on the way to the softmax: it acts on the masks below it."""
         inside = (*outer, self._signature(node)) if packet(node) not in SAME_VALUE else outer
         for operand in tensor_inputs(node):
-            if operand in self._spine or (operand in self._flow.parameters and packet(node) not in _SCALINGS):
+            if packet(node) in _JOINING and node in self._spine and operand not in self._spine:
+                self.sinks.append(operand)
+            elif operand in self._spine or (operand in self._flow.parameters and packet(node) not in _SCALINGS):
                 self.split(operand, inside)
             elif operand not in self._flow.parameters and packet(node) in _SCALINGS and sizes(operand):
                 self._mask(operand, None, (*outer, "factor"))

@@ -9,16 +9,19 @@ from typing import Any, overload
 
 from tabulate import tabulate
 
+from .tokens import Tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteNodes:
     """The names of an attention's nodes in the program's graph.
 
-    ``map`` is the node whose value is the attention map before dropout: a softmax, or the fused operator itself.
+    ``map`` is the node whose value is the attention map before dropout: a softmax, what suppression and
+    renormalisation make of it, or the fused operator itself.
     ``contexts`` are the nodes that contract the map with values (several where one map has several consumers);
     of a fused operator it is the operator. ``query`` and ``key`` are the operands of the product that makes the scores
     and ``scores`` the input of the softmax; ``mask`` is the ``attn_mask`` of a fused operator. What is not there is
-    None.
+    None. ``axis`` is the dimension of the map, from the last one on, along which a softmax makes it sum to 1.
     """
 
     map: str
@@ -28,6 +31,7 @@ class SiteNodes:
     values: tuple[str, ...]
     mask: str | None
     scores: str | None
+    axis: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class AttentionSite:
     that it belongs to, ``layer`` its place there and ``layer_path`` the module call that is this layer.
     ``map_shape`` is the symbolic shape of its map, ``(batch, heads, queries, keys)``. ``mask`` names what masks it
     (``"none"``, ``"causal"``, ``"padding"`` …); two sites whose ``mask_key`` are equal are masked by the same values.
-    ``bias`` says what is added to its scores.
+    ``bias`` says what is added to its scores. ``tokens`` says over which tokens the axes of the map go, as far as that
+    can be told.
     """
 
     path: str
@@ -58,6 +63,7 @@ class AttentionSite:
     mask_key: str
     bias: str
     nodes: SiteNodes
+    tokens: Tokens = dataclasses.field(default_factory=Tokens)
 
     def __str__(self) -> str:
         return self.path if self.order == 0 else f"{self.path}#{self.order}"

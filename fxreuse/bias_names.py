@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from .addends import Addends
 from .contractions import contraction
 from .flow import Flow, value_operands
 from .follow import aten, followable, is_elementwise, packet
@@ -12,14 +13,16 @@ _GATES = frozenset({aten.mul, aten.multiply})
 _DIFFERENCES = frozenset({aten.sub, aten.subtract, aten.rsub})
 
 
-def bias_name(biases: tuple[fx.Node, ...], flow: Flow) -> str:
+def bias_name(addends: Addends, flow: Flow) -> str:
     """What biases are: ``none``, ``learned table``, ``relative position``, ``gated relative position`` …
 
     A table is *relative position* if it is read at differences of input-free positions, *gated* if it is multiplied by
     something that depends on the tokens. ``token-dependent position`` is a product of tokens with something that
     depends on positions only; ``parameters`` and ``token-dependent`` are said where no more is known.
+    A ``sink`` is a further score in the softmax; ``mixed heads`` says that parameters mix the scores of the heads.
     """
-    names = dict.fromkeys(_name(bias, flow) for bias in biases)
+    names = dict.fromkeys(_name(bias, flow) for bias in addends.biases)
+    names |= dict.fromkeys([*["sink"] * bool(addends.sinks), *["mixed heads"] * bool(addends.mixings)])
     return " + ".join(names) or "none"
 
 

@@ -38,12 +38,13 @@ def find_contexts(softmax: fx.Node, dim: int, flow: Flow) -> list[Context] | str
     found: list[tuple[Contraction, fx.Node]] = []
     elsewhere: list[fx.Node] = []
     for node in _downstream(softmax, flow):
-        reached = [(o, layouts[o]) for o in node.all_input_nodes if o in layouts]
         consumer = contraction(node)
+        read = node.all_input_nodes if consumer is None else consumer.operands
+        reached = [(o, layouts[o]) for o in read if o in layouts]
         for operand, layout in reached:
             if consumer is not None and operand is not consumer.addend:
                 summed = _summed_sources(consumer, operand, layout)
-                if summed == {axis}:
+                if summed == {axis} or (axis in summed and _keeps_queries(consumer, operand)):
                     found.append((consumer, operand))
                     continue
                 if summed - {None} and consumer.side(operand)[1] in flow.tokens:
@@ -88,6 +89,12 @@ def _summed_sources(consumer: Contraction, operand: fx.Node, layout: Layout) -> 
     return {None if part.piece else part.source for part in parts}
 
 
+def _keeps_queries(consumer: Contraction, operand: fx.Node) -> bool:
+    """Whether a product of a map that sums over heads, too, has an axis of the map that the values do not have."""
+    labels, _, others = consumer.side(operand)
+    return any(label in consumer.axes and label not in others for label in labels)
+
+
 def _onward(
     node: fx.Node, operand: fx.Node, layout: Layout, consumer: Contraction | None, axis: int, flow: Flow
 ) -> Layout | None:
@@ -107,5 +114,5 @@ def _onward(
 def _context(consumer: Contraction, operand: fx.Node) -> Context:
     labels, values, value_labels = consumer.side(operand)
     shape = dict(zip(value_labels, sizes(values), strict=True))
-    own = [label for label in value_labels if label not in labels and label in consumer.axes]
+    own = [label for label in value_labels if label not in labels]
     return Context(consumer.node, values, product(shape[label] for label in own))

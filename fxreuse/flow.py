@@ -70,12 +70,13 @@ class Flow:
         for group in (self.inputs, self.parameters, self.projected):
             if node in group:
                 group.add(written)
-        if node in self.tokens:
-            above = [node, written] if written in self.tokens else [node]
+        if node not in self.tokens:
+            return
+        if written not in self.tokens:
             self.tokens.add(written)
-            if self._meet(node, written) is written:
-                return
-            self._place(written, above)
+            self._place(written, [node])
+        elif self._meet(node, written) is not written:
+            self._place(written, [node, written])
 
     def _reads_parameter(self, node: fx.Node) -> bool:
         if node.op == "get_attr":

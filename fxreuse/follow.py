@@ -25,12 +25,14 @@ _PERMUTING = frozenset({
     aten.numpy_T, aten.adjoint,
 })  # fmt: skip
 
-_REGROUPING = frozenset({
+#: Operators that only change into which dimensions the elements are grouped.
+REGROUPING = frozenset({
     aten.reshape, aten.view, aten._unsafe_view, aten._reshape_copy, aten.view_as, aten.reshape_as, aten.flatten,
     aten.unflatten, aten.unsqueeze, aten.squeeze, aten.ravel,
 })  # fmt: skip
 
-_EXPANDING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to})
+#: Operators that repeat elements without copying them.
+EXPANDING = frozenset({aten.expand, aten.expand_as, aten.broadcast_to})
 
 #: Operators that take a range of an axis, lengthen it, or move its elements about.
 _RESIZING = frozenset({
@@ -38,9 +40,10 @@ _RESIZING = frozenset({
 })  # fmt: skip
 
 #: Operators whose result shares its storage with their first argument, or may.
-VIEWS = _PERMUTING | _REGROUPING | _EXPANDING | {aten.slice, aten.narrow, aten.select, aten.alias, aten.detach}
+VIEWS = _PERMUTING | REGROUPING | EXPANDING | {aten.slice, aten.narrow, aten.select, aten.alias, aten.detach}
 
-_SPLITTING = frozenset({aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split})
+#: Operators that give several ranges of an axis.
+SPLITTING = frozenset({aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split})
 
 #: Elementwise operators that do not carry torch's tag for them, and others that keep every axis at its place.
 _KEEPING = frozenset({
@@ -175,6 +178,14 @@ def _stacked(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
     return (*layout[:dim], (Part(None, sizes(node)[dim]),), *layout[dim:])
 
 
+def _transposed(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
+    """An einsum of one tensor, if all that it does is to transpose it."""
+    before, arrow, after = node.args[0].replace(" ", "").partition("->")  # type: ignore[union-attr]
+    if not arrow or "." in before or sorted(before) != sorted(after) or len(set(before)) != len(layout):
+        return None
+    return tuple(layout[before.index(label)] for label in after)
+
+
 def _as_complex(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
     return layout[:-1]
 
@@ -194,7 +205,7 @@ def _taken(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
         dim = arguments(operand)["dim"] % len(layout)
         return (*layout[:dim], *layout[dim + 1 :])
     after = sizes(node)
-    if op in _SPLITTING:
+    if op in SPLITTING:
         before = [size(s) for s in next(tensor_inputs(operand)).meta["val"].shape]
         return tuple(
             dim if old == new else resized(dim, new) for dim, old, new in zip(layout, before, after, strict=True)
@@ -204,16 +215,17 @@ def _taken(node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | None:
 
 _HANDLERS: dict[Any, Callable[[fx.Node, fx.Node, Layout], Layout | None]] = {
     **dict.fromkeys(_PERMUTING, _permuted),
-    **dict.fromkeys(_REGROUPING, _regrouped),
-    **dict.fromkeys(_EXPANDING, _expanded),
+    **dict.fromkeys(REGROUPING, _regrouped),
+    **dict.fromkeys(EXPANDING, _expanded),
     **dict.fromkeys(_RESIZING, _resized),
-    **dict.fromkeys(_SPLITTING, _all_of_several),
+    **dict.fromkeys(SPLITTING, _all_of_several),
     aten.unbind: _all_of_several,
     aten.repeat: _repeated,
     aten.tile: _repeated,
     aten.repeat_interleave: _interleaved,
     aten.select: _selected,
     aten.stack: _stacked,
+    aten.einsum: _transposed,
     aten.view_as_complex: _as_complex,
     aten.view_as_real: _as_real,
 }

@@ -64,11 +64,13 @@ class Roles:
     """What the axes of an attention are for, read from its product of queries and keys.
 
     ``layout`` is that of the product's result, in terms of ``"batch"``, ``"heads"``, ``"queries"`` and ``"keys"``.
+    ``over_channels`` says that it is channels that attend to channels, since the product sums over tokens.
     """
 
     layout: Layout
     kv_heads: Size
     head_dim: Size
+    over_channels: bool = False
 
 
 def score_roles(scores: Contraction, query: fx.Node, flow: Flow) -> Roles:
@@ -115,7 +117,13 @@ def _roles(
         tuple(layout),
         kv_heads=product(part.size for part in kept if part.source == CHANNEL),
         head_dim=product(shape[label] for label in summed),
+        over_channels=_all_are(CHANNEL, [key[label] for label in key if label in axes and label not in query])
+        and _all_are(OTHER, [side[label] for label in summed for side in (query, key) if label in side]),
     )
+
+
+def _all_are(source: str, dims: list[tuple[Part, ...]]) -> bool:
+    return bool(dims) and all(part.source == source for dim in dims for part in dim)
 
 
 def map_shape(layout: Layout) -> tuple[Size, Size, Size, Size]:
