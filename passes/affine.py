@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +67,11 @@ class Selection:
     condition: Term
     hides: bool
     fill: float
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the fill stays what it is whatever is added to it."""
+        return self.fill <= torch.finfo(torch.float32).min
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +227,8 @@ class _Reader:
             return
         if self._sink is not None:
             raise self._refusal(node, "something is added to its scores behind a sink")
+        if not all(selection.absorbs for selection in self._selections):
+            raise self._refusal(node, "something is added to scores that were replaced by a number")
         self._add((first, second)[other], weights[other])
 
     def _add(self, value: Any, weight: float) -> None:
@@ -264,13 +270,7 @@ class _Reader:
         if not carried or number is None or not number <= HIDDEN:
             what = "another tensor" if number is None else str(number)
             raise self._refusal(node, f"it replaces scores by {what}, which does not rule them out")
-        self._selections.append(Selection(self._term(condition), hides, self._lowest(node, number)))
-
-    def _lowest(self, node: fx.Node, number: float) -> float:
-        """The fill as a number to which a score can be added without changing it."""
-        if math.isinf(number):
-            return number
-        return max(torch.finfo(node.meta["val"].dtype).min, torch.finfo(torch.float32).min)
+        self._selections.append(Selection(self._term(condition), hides, number))
 
     def _as_number(self, value: Any) -> float | None:
         """The number that a value is: none for a buffer, whose content is the model's state."""
@@ -285,7 +285,9 @@ class _Reader:
             return None
         return constant(value, self._flow.program)
 
-    def _refusal(self, node: fx.Node, reason: str = "its scores go through an operator that is no factor, sum or mask") -> UnsupportedError:
+    def _refusal(
+        self, node: fx.Node, reason: str = "its scores go through an operator that is no factor, sum or mask"
+    ) -> UnsupportedError:
         return refusal(self._site, node, f"needs scores of the form α·QKᵀ + β, but {reason}")
 
 

@@ -30,7 +30,7 @@ class Term:
     layout: Layout
 
 
-class UnclearAxes(Exception):  # noqa: N818 - caught where it is raised for, and turned into a refusal
+class UnclearAxes(Exception):
     """Axes that are split in two ways, or whose size is that of no tensor at hand."""
 
 

@@ -56,7 +56,11 @@ def fused_consumer(node: fx.Node, layout: Layout) -> Consumer:
     batch = layout[: len(own) - 2] if len(layout) == len(own) else layout[:-2]
     dims = (*(() if size == 1 else dim for dim, size in zip(batch, own[:-2], strict=True)), layout[-1], channel)
     return Consumer(
-        node, Term(fused.value, without_ones(dims)), (*layout[:-1], channel), without_ones((channel,))[0], fused.dropout_p
+        node,
+        Term(fused.value, without_ones(dims)),
+        (*layout[:-1], channel),
+        without_ones((channel,))[0],
+        fused.dropout_p,
     )
 
 
@@ -130,9 +134,14 @@ class _Reader:
             self._scale(node, operand)
         elif op is _aten.slice and operand is node.args[0]:
             self._leave_out(node, operand)
-        elif op is not _aten.nan_to_num or arguments(node)["nan"]:
-            if op not in COPIES or operand is not node.args[0]:
-                raise refusal(self._site, node, "needs the softmax to be all that is done to the map")
+        elif not self._keeps_values(node, operand):
+            raise refusal(self._site, node, "needs the softmax to be all that is done to the map")
+
+    def _keeps_values(self, node: fx.Node, operand: fx.Node) -> bool:
+        """Whether a node is a copy or a cast of the map, or rids it of the NaN that it has not got."""
+        if packet(node) is _aten.nan_to_num:
+            return not arguments(node)["nan"]
+        return packet(node) in COPIES and operand is node.args[0]
 
     def _module(self, node: fx.Node) -> None:
         module = self._program.module.get_submodule(str(node.target))
@@ -195,7 +204,9 @@ class _Reader:
         own = sizes(value)
         term = layout(value_labels, own)
         term = tuple(() if size == 1 else dim for dim, size in zip(term, own, strict=True))
-        channels = tuple(part for dim in term for part in dim if isinstance(part.source, tuple) and part.source[0] == "channel")
+        channels = tuple(
+            part for dim in term for part in dim if isinstance(part.source, tuple) and part.source[0] == "channel"
+        )
         result = layout(product.axes, sizes(product.node))
         return Consumer(
             product.node,

@@ -154,9 +154,7 @@ class Operands:
             bias = insert(_aten.masked_fill.Scalar, bias, insert(_aten.logical_not.default, visible), -math.inf)
         return Mask(query, bias, False)
 
-    def _with_sink_score(
-        self, insert: Insert, sink: Addend, bias: fx.Node | None, visible: fx.Node | None
-    ) -> fx.Node:
+    def _with_sink_score(self, insert: Insert, sink: Addend, bias: fx.Node | None, visible: fx.Node | None) -> fx.Node:
         """The mask with one more key, which has the sink's score."""
         score = self._weighted(insert, sink)
         keys = insert(_aten.sym_size.int, self.key, -2)
@@ -298,11 +296,13 @@ def _broadcast(layout: Layout, node: fx.Node) -> Layout:
 
 def _axes(layout: Layout, dim: int, product: Contraction, query: fx.Node) -> Axes:
     """Which axes of a map are which: one axis of the queries alone is theirs, all others are batch and heads."""
-    labels, key, key_labels = product.side(query)
+    labels, _, key_labels = product.side(query)
     rest = [part for place, other in enumerate(layout) if place != dim for part in other]
     own = [part.source for part in rest if part.source in labels and part.source not in key_labels]
     queries = tuple(part for part in rest if own and part.source == own[-1])
-    batched = [tuple(part for part in other if part not in queries) for place, other in enumerate(layout) if place != dim]
+    batched = [
+        tuple(part for part in other if part not in queries) for place, other in enumerate(layout) if place != dim
+    ]
     batched = [other for other in batched if other]
     channels = without_ones(tuple((part,) for part in _summed(product, query)))
     return Axes(

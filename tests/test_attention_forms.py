@@ -29,9 +29,15 @@ def inputs(batch: int, tokens: int, dtype: torch.dtype = torch.float64) -> tuple
     return torch.randn(batch, tokens, 8, dtype=dtype), padding
 
 
-def lowered(model: Model) -> dict[str, Program]:
+def captured(model: torch.nn.Module) -> Program:
+    """The program of a model in double precision, of which only the evaluation is looked at: one export is enough."""
+    free = dict.fromkeys(range(2), torch.export.Dim.AUTO)
+    return load_program(torch.export.export(model, inputs(3, 6), dynamic_shapes=(free, free), strict=False))
+
+
+def lowered(model: Model, program: Program | None = None) -> dict[str, Program]:
     """The model with one map for all layers, in both lowerings."""
-    program = load_program(model, inputs(3, 6, model.layers[0].q.weight.dtype))
+    program = program or captured(model)
     sites = find(program)
     assert len(sites) == len(model.layers), sites
     leaders = [0] * len(sites)
@@ -58,7 +64,9 @@ def test_both_lowerings_are_the_shared_map(name: str) -> None:
     for lowering, program in programs.items():
         (found,) = program.module(*given)
         visible = ~expected.isnan()
-        torch.testing.assert_close(found[visible], expected[visible], rtol=1e-10, atol=1e-10, msg=lambda m, n=lowering: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[visible], expected[visible], rtol=1e-10, atol=1e-10, msg=lambda m, n=lowering: f"{n}: {m}"
+        )
         for (path, _), own, other in zip(model.named_parameters(), gradients(model, found), wanted, strict=True):
             assert (own is None) == (other is None), (lowering, path)
             if own is not None and other is not None:
@@ -109,7 +117,8 @@ def in_single_precision(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: 
 
 def test_casts_to_a_fixed_type_survive_a_change_of_type() -> None:
     """The fused operator wants one type of all its operands: that of the values, which the context has."""
-    program = lowered(Model(in_single_precision).eval())
+    model = Model(in_single_precision).eval()
+    program = lowered(model, load_program(model, inputs(3, 6, torch.float32)))
     given = inputs(2, 9, torch.bfloat16)
     found = {name: copy.deepcopy(part.module).bfloat16()(*given)[0] for name, part in program.items()}
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
@@ -160,7 +169,7 @@ REFUSED: dict[str, tuple[Form, str, str]] = {
 def test_what_cannot_be_recomputed_is_refused_and_can_be_stored(name: str) -> None:
     form, operator, reason = REFUSED[name]
     model = Model(form).double().eval()
-    program = load_program(model, inputs(3, 6))
+    program = captured(model)
     sites = find(program)
     with pytest.raises(fxreuse.UnsupportedError) as caught:
         reuse(program, sites, [0, 0], "recompute")
@@ -185,7 +194,7 @@ class WithMaps(Model):
 
 def test_maps_that_are_returned_are_not_recomputed() -> None:
     model = WithMaps(FORMS["two_consumers"]).double().eval()
-    program = load_program(model, inputs(3, 6))
+    program = captured(model)
     sites = find(program)
     with pytest.raises(fxreuse.UnsupportedError, match="also returns it"):
         reuse(program, sites, [0, 0], "recompute")
