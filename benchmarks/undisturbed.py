@@ -1,0 +1,62 @@
+"""Interleaved timing on a machine that others use, too: rounds in which they ran are dropped (Linux)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fxreuse.measure import Timing
+
+SHORTEST = 0.1
+TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def undisturbed(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 30.0, share: float = 0.1
+) -> tuple[dict[str, Timing], int]:
+    """Time functions against each other, as `fxreuse.measure.interleaved` does, where nothing else runs.
+
+    Arguments:
+        functions: what to time, by name.
+        rounds: how many rounds to keep.
+        seconds: when to stop, however many were kept.
+        share: how much of the processors' time others may take in a round.
+
+    Returns:
+        The timings of the rounds that were kept, and how many were dropped. Where fewer than three were kept, these are
+        the three in which others took least.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()
+        calls[name] = max(1, round(SHORTEST / min(_time(function, 1) for _ in range(3))))
+    kept: list[tuple[float, dict[str, float]]] = []
+    end = time.perf_counter() + seconds
+    order = list(functions)
+    while sum(others <= share for others, _ in kept) < rounds and (len(kept) < 3 or time.perf_counter() < end):
+        start, busy = time.perf_counter(), _others()
+        times = {name: _time(functions[name], calls[name]) for name in order}
+        others = (_others() - busy - TICK) / ((time.perf_counter() - start) * (os.cpu_count() or 1))
+        kept.append((others, times))
+        order.reverse()
+    quiet = [times for others, times in kept if others <= share]
+    if len(quiet) < 3:
+        quiet = [times for _, times in sorted(kept, key=lambda pair: pair[0])[:3]]
+    timings = {name: Timing(tuple(times[name] for times in quiet), calls[name]) for name in functions}
+    return timings, len(kept) - len(quiet)
+
+
+def _time(function: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def _others() -> float:
+    """The seconds of processor time that others than this process have taken since the machine started."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    own = os.times()
+    return (user + nice + system + irq + softirq + steal) * TICK - own.user - own.system
