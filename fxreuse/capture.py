@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from . import guards as guarding
+from .capture_errors import capture_error, first_line
 from .errors import CaptureError, InputError
 from .example_sizes import free_shapes, shorten, widen_batch
 from .exported import arguments_of
@@ -23,6 +24,7 @@ from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
 from .named_keywords import named_keywords
 from .program import Argument, CallingConvention, Leaf, Program, fixed_size, kind_of
+from .quiet import quiet_export
 from .record import Note
 from .training import probe
 from .untouched import untouched
@@ -103,7 +105,7 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
     errors = []
     for how, given, strict, free in ways[:attempts]:
         try:
-            with warnings.catch_warnings(), _quiet_sizes(), named_keywords(model, given.kwargs):
+            with warnings.catch_warnings(), quiet_export(), _free_sizes(), named_keywords(model, given.kwargs):
                 shapes = free_shapes(model, given) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
@@ -112,7 +114,7 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
         except Exception as error:
             errors.append((how, error))
     _check_inputs_run(model, inputs)
-    raise _capture_error(model, errors)
+    raise capture_error(model, errors)
 
 
 def _unmarked(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -133,44 +135,14 @@ def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
             model(*inputs.args, **inputs.kwargs)
     except Exception as error:
         raise InputError(
-            f"{type(model).__name__} itself fails on these example_inputs: {_first_line(error)}. "
+            f"{type(model).__name__} itself fails on these example_inputs: {first_line(error)}. "
             f"Pass inputs that it accepts; its forward takes {inspect.signature(model.forward)}."
         ) from error
 
 
-def _quiet_sizes() -> contextlib.AbstractContextManager[Any]:
+def _free_sizes() -> contextlib.AbstractContextManager[Any]:
     """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard instead of no trace."""
     return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-
-
-def _capture_error(model: torch.nn.Module, errors: list[tuple[str, Exception]]) -> CaptureError:
-    _, first = errors[0]
-    line = _line_at_fault(first)
-    attempts = "; ".join(f"{name}: {_first_line(error)}" for name, error in errors)
-    found = CaptureError(
-        f"{type(model).__name__} cannot be captured as one graph. {'At ' + line + ': ' if line else ''}"
-        f"{_first_line(first)}. Tried {attempts}. Next: capture only the part around the attentions with "
-        "target='path.of.the.encoder', or pass other example_inputs (a branch on values cannot be captured)."
-    )
-    found.__cause__ = first
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
-
-
-def _line_at_fault(error: Exception) -> str:
-    """The innermost line of the traceback that is not torch's own, as ``file:line in function``."""
-    place = ""
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if "/torch/" not in code.co_filename and "/fxreuse/" not in code.co_filename and "<" not in code.co_filename:
-            place = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
-        trace = trace.tb_next
-    return place
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import fxreuse
@@ -104,11 +107,23 @@ REFUSALS = {
         fxreuse.FxReuseError,
         ("layers.3.attention", "layers.0.attention", "mask"),
     ),
-    "branch on values": Refusal(Branching, "2x*", X, fxreuse.CaptureError, ("test_bad_input.py", "target=")),
+    "branch on values": Refusal(
+        Branching,
+        "2x*",
+        X,
+        fxreuse.CaptureError,
+        ("test_bad_input.py:", "if x.sum() > 0", "depends on the values of a tensor", "target='body'", "torch.where"),
+    ),
     "missing argument": Refusal(lambda: transformer(cross=True), "2x*", {}, fxreuse.InputError, ("x",)),
     "unknown argument": Refusal(transformer, "2x*", {**X, "frames": X["x"]}, fxreuse.InputError, ("frames",)),
     "too many arguments": Refusal(transformer, "2x*", (X["x"],) * 4, fxreuse.InputError, ("4", "context")),
     "no tensor": Refusal(transformer, "2x*", "text", fxreuse.InputError, ("str",)),
+    "an array": Refusal(transformer, "2x*", X["x"].numpy(), fxreuse.InputError, ("ndarray", "forward takes (x")),
+    "an array inside": Refusal(transformer, "2x*", {"x": X["x"].numpy()}, fxreuse.FxReuseError, ("ndarray",)),
+    "a list of tensors": Refusal(transformer, "2x*", [X["x"]], fxreuse.InputError, ("list", "tuple(inputs)")),
+    "whole numbers": Refusal(transformer, "2x*", X["x"].long(), fxreuse.InputError, ("dtype",)),
+    "another device": Refusal(transformer, "2x*", X["x"].to("meta"), fxreuse.FxReuseError, ("meta",)),
+    "an empty batch": Refusal(transformer, "2x*", X["x"][:0], fxreuse.InputError, ("batch of 0",)),
     "wrong width": Refusal(transformer, "2x*", torch.zeros(2, 5, 6), fxreuse.FxReuseError, ("6", "8")),
 }
 
@@ -123,6 +138,76 @@ def test_is_refused(refusal: Refusal) -> None:
     assert isinstance(caught.value, refusal.error)
     assert [text for text in refusal.says if text not in str(caught.value)] == [], str(caught.value)
     assert {kind: changes(before[kind], after[kind]) for kind in before} == {kind: [] for kind in before}
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (torch.nn.Linear, "the class Linear; make one by calling the class"),
+        ("bert-base-uncased", "the string 'bert-base-uncased'; load the model first"),
+        (F.softmax, "a function; wrap it in a torch.nn.Module"),
+        (None, "a NoneType"),
+        (torch.jit.script(torch.nn.Linear(2, 2)), "a scripted Linear; pass the module that it was scripted from"),
+    ],
+    ids=["class", "name", "function", "nothing", "scripted"],
+)
+def test_what_is_no_module_is_refused(model: Any, says: str) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: fxreuse.apply(model, "2x*", X),
+        lambda: fxreuse.apply(model, "2x*", X, target="layers"),
+        lambda: fxreuse.find_attention(model),
+        lambda: fxreuse.verify(model, model, X),
+        lambda: fxreuse.verify(transformer(), model, X),
+        lambda: fxreuse.describe(model),
+    ]
+    for called in calls:
+        with pytest.raises(fxreuse.InputError) as caught:
+            called()
+        assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "inputs", "says"),
+    [
+        ({"device": "nonsense"}, X, "device 'nonsense' cannot be used here"),
+        ({"device": "mtia"}, X, "device 'mtia' cannot be used here"),
+        ({"tolerance": "small"}, X, "tolerance: expected a number, found 'small'"),
+        ({}, X["x"][..., :5], "Transformer itself fails on these example_inputs"),
+    ],
+    ids=["device", "absent device", "tolerance", "inputs"],
+)
+def test_what_verify_refuses(settings: dict[str, Any], inputs: Any, says: str) -> None:
+    model = transformer()
+    with pytest.raises(fxreuse.InputError) as caught:
+        fxreuse.verify(model, model, inputs, compile=False, latency=False, **settings)
+    assert says in str(caught.value)
+
+
+_ANY_MODEL = st.sampled_from([None, "bert", torch.nn.Linear, 3, transformer(), Twins(), torch.nn.Identity()])
+_TENSORS = [X["x"], X["x"][0], X["x"].long(), X["x"].bool(), X["x"].double(), X["x"][:, :0], torch.zeros(())]
+_ANY_VALUE = st.sampled_from([*_TENSORS, None, 3, 2.5, "x", b"x", [1.0], (), X["x"].numpy(), range(3), object()])
+_ANY_INPUTS = st.one_of(
+    _ANY_VALUE,
+    st.lists(_ANY_VALUE, max_size=2).map(tuple),
+    st.lists(_ANY_VALUE, max_size=2),
+    st.dictionaries(st.sampled_from(["x", "mask", "context", "y", 1]), _ANY_VALUE, max_size=2),
+)
+_ANY_TARGET = st.sampled_from([None, "", "layers", "layers.0", "left", "left.layers.9", "..", 3, "attention", "💥"])
+_ANY_PLAN = st.one_of(
+    st.text(max_size=6), st.sampled_from(["2x2", "1x*", "9x9", "2x* stack=q", None, 3, "leaders=0,9"])
+)
+
+
+@given(model=_ANY_MODEL, plan=_ANY_PLAN, inputs=_ANY_INPUTS, target=_ANY_TARGET)
+def test_nothing_but_errors_of_the_package_comes_out(model: Any, plan: Any, inputs: Any, target: Any) -> None:
+    """Whatever is passed: it is served, or refused in an error of the package, and the model is as it was."""
+    before = snapshot(model) if isinstance(model, torch.nn.Module) else None
+    with contextlib.suppress(fxreuse.FxReuseError):
+        fxreuse.Plan.of(plan)
+    with contextlib.suppress(fxreuse.FxReuseError):
+        fxreuse.find_attention(model, inputs, target=target)
+    if before is not None:
+        assert changes(before, snapshot(model)) == []
 
 
 def test_inputs_that_cannot_be_guessed_are_asked_for_by_name() -> None:

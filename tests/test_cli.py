@@ -133,6 +133,8 @@ def test_demo_uses_the_inputs_of_a_factory(factory, capsys):
         (["inspect", "bert"], "is in no known form"),
         (["inspect", "transformers:HubertConfig", "--set", "layers=2"], "has no setting 'layers'"),
         (["demo", "--audio", "none.wav", *HUBERT], "audio 'none.wav': cannot be read"),
+        (["demo", "--seconds", "inf", *HUBERT], "--seconds: expected a positive number, found inf"),
+        (["inspect", "FACTORY", "--target", "layer.0"], "no submodule 'layer.0'; did you mean 'layers.0'"),
         (["demo", "--seconds", "-1", *HUBERT], "--seconds: expected a positive number, found -1"),
         (["demo", "--model", "FACTORY", "--audio", "a.wav"], "takes no waveform"),
         (["verify", "FACTORY", "--plan", "nonsense"], "nonsense"),

@@ -43,6 +43,12 @@ def not_a_model():
 def fails():
     raise RuntimeError("the disk is full")
 
+def leaves():
+    raise SystemExit(3)
+
+def typed(width: "int"):
+    return torch.nn.Linear(width, width)
+
 ready = torch.nn.Linear(2, 2)
 """
 
@@ -191,6 +197,18 @@ def test_directory_without_weights(tiny_checkpoint):
         load(f"hf:{folder}")
 
 
+def test_directory_with_weights_that_are_none(tiny_checkpoint):
+    folder, _ = tiny_checkpoint
+    (folder / "model.safetensors").write_text("not weights")
+    with pytest.raises(ModelSpecError, match=r"could not be loaded \(.*\); check the files in it"):
+        load(f"hf:{folder}")
+
+
+def test_model_that_cannot_be_built_names_the_line():
+    with pytest.raises(ModelSpecError, match=r"building it raised ValueError: .*hidden.*\(.*\.py, line \d+\)"):
+        load("transformers:BertConfig", {"hidden_size": "15", "num_hidden_layers": "1", "vocab_size": "9"})
+
+
 def test_directory_with_a_config_of_no_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"width": 3}))
     with pytest.raises(ModelSpecError, match="could not be loaded"):
@@ -242,12 +260,15 @@ def test_factory_of_a_module(factories, monkeypatch):
     ("spec", "settings", "message"),
     [
         ("{zoo}:mak", {}, r"has no factory 'mak'; did you mean make"),
-        ("{zoo}:zebra", {}, r"has no factory 'zebra'; there is anything, fails, make, not_a_model"),
+        ("{zoo}:zebra", {}, r"has no factory 'zebra'; there is anything, fails, leaves, make, not_a_model"),
         ("{zoo}:make", {}, r"factory 'make' needs width; give them with --set width=…"),
         ("{zoo}:make", {"wide": "3"}, r"factory 'make' has no setting 'wide'"),
         ("{zoo}:make", {"width": "wide"}, r"setting 'width': expected int, found 'wide'"),
         ("{zoo}:not_a_model", {}, r"return a torch.nn.Module, or \(model, example_inputs\); found int"),
         ("{zoo}:fails", {}, r"factory 'fails' raised RuntimeError: the disk is full \(.*zoo.py, line \d+\)"),
+        ("{zoo}:leaves", {}, r"factory 'leaves' raised SystemExit: 3 \(.*zoo.py, line \d+\)"),
+        ("{zoo}:typed", {"width": "wide"}, r"setting 'width': expected int, found 'wide'"),
+        ("builtins:int", {}, r"'int' is no factory of a model \(no signature found"),
         ("{folder}/none.py:make", {}, r"there is no file '.*none.py'"),
         ("no_such_package.models:make", {}, r"no module named 'no_such_package'"),
         ("bert", {}, r"model 'bert' is in no known form; expected file.py:factory"),
@@ -259,6 +280,12 @@ def test_mistakes(factories, spec, settings, message):
     with pytest.raises(ModelSpecError, match=message) as caught:
         load(spec.format(zoo=factories, folder=factories.parent), settings)
     assert isinstance(caught.value, FxReuseError)
+
+
+def test_file_that_is_no_python_is_named_with_the_line(tmp_path):
+    (tmp_path / "broken.py").write_text("import torch\ndef make(:\n")
+    with pytest.raises(ModelSpecError, match=r"running broken.py raised SyntaxError: .*broken.py, line 2\)"):
+        load(f"{tmp_path / 'broken.py'}:make")
 
 
 def test_file_that_does_not_run_is_named_with_the_line(tmp_path):
