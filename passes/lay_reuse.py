@@ -12,7 +12,7 @@ from fxreuse.plan_options import DTYPES, Match
 from fxreuse.program import Program
 
 from .decisions import with_added
-from .reuse import Options, Reuse, reuse
+from .reuse import Reuse, reuse
 from .widen_feed_forward import units_to_size, units_to_width, widen_feed_forward
 
 
@@ -29,8 +29,8 @@ def lay_reuse(program: Program, sites: Sequence[AttentionSite], leaders: Sequenc
         PlanError: where groups, heads or widths do not fit the model.
         UnsupportedError: where the model has a form that the pass cannot rewrite; the reason is named.
     """
-    options = Options(step.lowering, step.values, None if step.dtype is None else DTYPES[step.dtype])
-    done = reuse(program, sites, leaders, options)
+    dtype = None if step.dtype is None else DTYPES[step.dtype]
+    done = reuse(program, sites, leaders, step.lowering, values=step.values, dtype=dtype)
     if step.ffn is None:
         return done
     added = _reinvest(program, done.program, sites, step)
@@ -57,7 +57,7 @@ def _target(program: Program, sites: Sequence[AttentionSite], step: Step, match:
     if match.groups is None:
         return "before", _size(program)
     leaders = match.groups.leaders(len(sites))
-    return f"under {match.groups}", _size(reuse(program, sites, leaders, Options(step.lowering)).program)
+    return f"under {match.groups}", _size(reuse(program, sites, leaders, step.lowering).program)
 
 
 def _size(program: Program) -> int:

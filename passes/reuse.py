@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from fxreuse.attention import AttentionSite
-from fxreuse.errors import UnsupportedError
 from fxreuse.layout import context_of
 from fxreuse.nodes import is_call, remove_dead
 from fxreuse.program import Program
@@ -17,6 +16,7 @@ from fxreuse.record import Decision
 from fxreuse.tree import drop, reads
 
 from .check_groups import check_groups
+from .choose_lowering import choose_lowering
 from .cut_projections import cut_projections
 from .decisions import decision, with_added, with_removed
 from .even_widths import even_widths
@@ -24,19 +24,6 @@ from .fused import OPERATOR
 from .materialize import Materializer
 from .recompute import Recomputer
 from .widen_values import widen_values
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How reuse is done, as a plan says it.
-
-    ``lowering`` is ``"materialize"``, ``"recompute"`` or ``"auto"``, ``values`` how many times as wide the values of
-    followers become, and ``dtype`` that of a stored map (None: that in which it is computed).
-    """
-
-    lowering: str = "auto"
-    values: int = 1
-    dtype: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +38,13 @@ class Reuse:
 
 
 def reuse(
-    program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], options: Options = Options()
+    program: Program,
+    sites: Sequence[AttentionSite],
+    leaders: Sequence[int],
+    lowering: str = "auto",
+    *,
+    values: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Reuse:
     """Let the followers of a stack use their leader's attention map. Architecture tier.
 
@@ -65,7 +58,9 @@ def reuse(
         program: a normalised program; it is not changed.
         sites: the sites of one stack, by layer.
         leaders: for every layer, the layer whose map it uses.
-        options: lowering, widening of values, and the stored map's dtype.
+        lowering: ``"materialize"``, ``"recompute"``, or ``"auto"``.
+        values: how many times as wide the values of followers become.
+        dtype: that of a stored map; None for the one in which it is computed.
 
     Raises:
         PlanError: where a group's maps differ in shape or mask.
@@ -75,12 +70,12 @@ def reuse(
     program = program.copy()
     before = reads(program)
     followers = [sites[layer] for layer, leader in enumerate(leaders) if layer != leader]
-    if options.dtype is not None:
-        raise UnsupportedError("dtype= is not built yet.")
-    decisions = _lower(program, sites, leaders, options)
+    chosen, reason = _choose(program, sites, leaders, lowering, dtype)
+    lowerer = Recomputer(program) if chosen == "recompute" else Materializer(program, dtype)
+    decisions = _lower(lowerer, sites, leaders, chosen, reason)
     remove_dead(program.graph)
     removed = cut_projections(program, followers)
-    added = widen_values(program, followers, options.values)
+    added = widen_values(program, followers, values)
     even_widths(_fused_contexts(program, followers) if added else ())
     gone = before.keys() - reads(program).keys()
     drop(program, set(gone))
@@ -92,41 +87,46 @@ def reuse(
     return Reuse(program, with_added(with_removed(decisions, removed), added), removed, added, buffers)
 
 
+def _choose(
+    program: Program,
+    sites: Sequence[AttentionSite],
+    leaders: Sequence[int],
+    lowering: str,
+    dtype: torch.dtype | None,
+) -> tuple[str, str]:
+    """The lowering of a stack and the reason: as asked, or what suits it."""
+    if lowering != "auto":
+        return lowering, "as the plan says"
+    if dtype is not None:
+        return "materialize", "the plan gives the dtype of the stored map"
+    if len(set(leaders)) == len(leaders):
+        return "materialize", "nobody shares a map"
+    return choose_lowering(program, sites, leaders)
+
+
 def _lower(
-    program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], options: Options
+    lowerer: Materializer | Recomputer,
+    sites: Sequence[AttentionSite],
+    leaders: Sequence[int],
+    lowering: str,
+    reason: str,
 ) -> list[Decision]:
-    """Rewrite every group by the lowering that is asked for, or that suits it."""
-    groups: dict[int, list[int]] = {}
+    """Rewrite every group that has followers; a decision for each layer."""
+    followers: dict[int, list[AttentionSite]] = {}
     for layer, leader in enumerate(leaders):
-        groups.setdefault(leader, []).append(layer)
-    decisions: dict[int, Decision] = {}
-    for leader, members in groups.items():
-        followers = [sites[layer] for layer in members if layer != leader]
-        chosen, reason = choose_lowering(program, sites[leader], options) if followers else (None, "nobody shares it")
-        if chosen == "materialize":
-            Materializer(program).share(sites[leader], followers)
-        elif chosen == "recompute":
-            Recomputer(program).share(sites[leader], followers)
-        for layer in members:
-            decisions[layer] = decision(sites[layer], sites[leader], bool(followers), chosen, reason)
-    return [decisions[layer] for layer in sorted(decisions)]
+        if layer != leader:
+            followers.setdefault(leader, []).append(sites[layer])
+    for leader, members in followers.items():
+        lowerer.share(sites[leader], members)
+    return [
+        decision(site, sites[leader], True, lowering, reason)
+        if leader in followers
+        else decision(site, site, False, None, "nobody shares it")
+        for site, leader in zip(sites, leaders, strict=True)
+    ]
 
 
 def _fused_contexts(program: Program, followers: Sequence[AttentionSite]) -> list[fx.Node]:
     """The fused operators among what contracts the followers' values."""
     contexts = [context_of(program, site, index) for site in followers for index in range(len(site.nodes.values))]
     return [node for node in contexts if is_call(node, OPERATOR)]
-
-
-def choose_lowering(program: Program, leader: AttentionSite, options: Options) -> tuple[str, str]:
-    """The lowering of a group and the reason: as asked, or by the device that the model is on."""
-    if options.lowering != "auto":
-        return options.lowering, "as the plan says"
-    if options.dtype is not None:
-        return "materialize", "the plan gives the dtype of the stored map"
-    device = next((tensor.device.type for tensor in reads(program).values()), "cpu")
-    if device in ("cpu", "meta"):
-        return "materialize", "on a CPU a stored map costs less than computing it again"
-    if not leader.fused:
-        return "materialize", "the model computes this map unfused"
-    return "recompute", f"on {device} the fused kernel needs no map in memory"
