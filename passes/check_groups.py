@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import PlanError, UnsupportedError
-from fxreuse.nodes import argument
 from fxreuse.program import Program
 
 from .functional import may_alias
@@ -21,7 +20,7 @@ def check_groups(program: Program, sites: Sequence[AttentionSite], leaders: Sequ
         leaders: for every layer, the layer whose map it is to use.
 
     Raises:
-        PlanError: where a group's maps differ in shape or mask.
+        PlanError: where a group's maps differ in shape, in mask, or in the tokens that they go over.
         UnsupportedError: where they are laid out differently, are written into, or are of another kind.
     """
     for layer, leader in enumerate(leaders):
@@ -41,6 +40,12 @@ def check_groups(program: Program, sites: Sequence[AttentionSite], leaders: Sequ
                 f"differently, {follower.mask!r} against {source.mask!r}. Layers by mask: {_by_mask(sites)}. "
                 "Choose groups within layers of one mask, with leaders=… if they alternate."
             )
+        if source.tokens.differ(follower.tokens):
+            raise PlanError(
+                f"{follower} (layer {layer}) cannot use the map of {source} (layer {leader}): they attend over "
+                f"different tokens, {follower.tokens} against {source.tokens}. Choose groups within layers that attend "
+                "over the same ones."
+            )
         layouts = [_layout(program, site) for site in (source, follower)]
         if layouts[0] != layouts[1]:
             raise UnsupportedError(
@@ -57,10 +62,8 @@ def _layout(program: Program, site: AttentionSite) -> str:
     """The axes of a site's map in memory, and which of them is the softmax's."""
     if site.fused:
         return "×".join(str(size) for size in site.map_shape) + ", softmax over axis -1"
-    node = program.node(site.nodes.map)
-    value = node.meta["val"]
-    dim = argument(node, 1, "dim") % value.dim() - value.dim()
-    return "×".join(str(size) for size in value.shape) + f", softmax over axis {dim}"
+    shape = program.node(site.nodes.map).meta["val"].shape
+    return "×".join(str(size) for size in shape) + f", softmax over axis {site.nodes.axis}"
 
 
 def _check_not_written(program: Program, site: AttentionSite) -> None:

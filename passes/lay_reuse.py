@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from fxreuse.attention import AttentionSite
+from fxreuse.errors import UnsupportedError
 from fxreuse.feed_forward import find_feed_forward
 from fxreuse.plan import Reuse as Step
 from fxreuse.plan_options import DTYPES, Match
@@ -29,6 +30,9 @@ def lay_reuse(program: Program, sites: Sequence[AttentionSite], leaders: Sequenc
         PlanError: where groups, heads or widths do not fit the model.
         UnsupportedError: where the model has a form that the pass cannot rewrite; the reason is named.
     """
+    for site, heads in zip(sites, step.groups.head_counts(len(sites)), strict=True):
+        if heads not in (None, site.heads):
+            raise UnsupportedError(f"{site} has {site.heads} heads; another number of them, {heads}, is not supported.")
     dtype = None if step.dtype is None else DTYPES[step.dtype]
     done = reuse(program, sites, leaders, step.lowering, values=step.values, dtype=dtype)
     if step.ffn is None:
