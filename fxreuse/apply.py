@@ -71,6 +71,7 @@ def apply(
     parsed = Plan.of(plan)
     if target is not None:
         inner, inputs = captured_inputs(model, target, example_inputs)
+        assert isinstance(model, torch.nn.Module)
         return replace_submodule(model, target, _apply(inner, parsed, inputs, copy))
     return _apply(model, parsed, example_inputs, copy)
 

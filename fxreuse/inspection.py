@@ -19,7 +19,7 @@ from .find import find
 from .frontend import load_program
 from .groups import fitting
 from .layout_names import Layout, LayoutNames
-from .passes.reuse import reuse
+from .passes.lay_reuse import lay_reuse
 from .plan import Plan
 from .program import Guard, Program, fixed_size
 from .record import Note
@@ -223,7 +223,7 @@ def _refusal(program: Program, members: Sequence[AttentionSite], plan: str) -> s
     """Why a stack does not take a plan; empty where it does."""
     [step] = Plan.parse(plan).passes
     try:
-        reuse(program, members, step.groups.leaders(len(members)), step.lowering)
+        lay_reuse(program, members, step.groups.leaders(len(members)), step)
     except FxReuseError as error:
         return str(error)
     return ""
