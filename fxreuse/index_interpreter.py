@@ -1,7 +1,8 @@
 """The index forms of a graph: what is known of a node, from what is known of its operands.
 
-Values of inputs, parameters and persistent buffers are data and stay unknown (of other buffers, see `index_tables`); so does the result of every operator that is not
-in the tables of `index_elementwise`, `index_layout` and `index_series`. What is left is what masks are made of.
+Values of inputs, parameters and persistent buffers are data and stay unknown (for other buffers see `index_tables`);
+so does the result of every operator that is not in the tables of `index_elementwise`, `index_layout` and
+`index_series`. What is left is what masks are made of.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def _positions(tensor: torch.Tensor) -> Affine | None:
     origin = tensor[(0,) * tensor.ndim]
     made, slopes = origin, []
     for dim, size in enumerate(tensor.shape):
-        line = tensor[(*(0,) * dim, slice(None), *(0,) * (tensor.ndim - dim - 1))]
+        line = tensor.movedim(dim, -1).reshape(-1, size)[0]
         slopes.append(int(line[1] - line[0]) if size > 1 else 0)
         shape = [-1 if dim == k else 1 for k in range(tensor.ndim)]
         made = made + (torch.arange(size) * slopes[-1]).view(shape)

@@ -78,8 +78,8 @@ class Selection:
 class Affine:
     """scores = (number · Π factors) · QKᵀ + Σ addends, then replaced where a selection hides them.
 
-    ``layout`` is that of the softmax's input, in the labels of the product of queries and keys. ``sink`` is the score of
-    a key without a value that stands behind all others.
+    ``layout`` is that of the softmax's input, in the labels of the product of queries and keys. ``sink`` is the score
+    of a key without a value that stands behind all others.
     """
 
     scores: Scores
@@ -99,7 +99,7 @@ def affine_scores(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Affine:
     that leave nothing of a score.
 
     Raises:
-        UnsupportedError: where the scores are anything else (a tanh soft-cap, say); the operator and its line are named.
+        UnsupportedError: where the scores are anything else (a tanh soft-cap, say); operator and line are named.
     """
     scores = find_scores(softmax, arguments(softmax)["dim"], flow)
     assert not isinstance(scores, str), scores  # it was found before

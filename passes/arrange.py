@@ -1,8 +1,8 @@
 """Bring the axes of a tensor into another order and grouping, by what the axes are and not by where they are.
 
-An attention may be written with any layout: heads in the batch, queries and keys swapped, heads in groups. Here a tensor
-is a `Term`: a node and, for every dimension, the axes that it consists of (`fxreuse.axes.Layout`). `Arranger.arrange`
-makes the views that lead to another layout. Axes of size 1 are in no layout.
+An attention may be written with any layout: heads in the batch, queries and keys swapped, heads in groups. Here a
+tensor is a `Term`: a node and, for every dimension, the axes that it consists of (`fxreuse.axes.Layout`).
+`Arranger.arrange` makes the views that lead to another layout. Axes of size 1 are in no layout.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def fused_attention(node: fx.Node) -> Attention:
     layout = without_ones(tuple((Part(place, size),) for place, size in enumerate(shape)))
     channels = without_ones(((Part("channels", width),),))[0]
     key = fused.key if sizes(fused.key)[:-2] == shape[:-2] else _per_query_head(node, fused.query, fused.key)
-    mask = fused.mask and Term(fused.mask, _broadcast(layout, fused.mask))
+    mask = None if fused.mask is None else Term(fused.mask, _broadcast(layout, fused.mask))
     hides = mask is not None and mask.node.meta["val"].dtype is torch.bool
     return Attention(
         Term(fused.query, (*layout[:-1], channels)),
@@ -298,7 +298,7 @@ def _axes(layout: Layout, dim: int, product: Contraction, query: fx.Node) -> Axe
     """Which axes of a map are which: one axis of the queries alone is theirs, all others are batch and heads."""
     labels, _, key_labels = product.side(query)
     rest = [part for place, other in enumerate(layout) if place != dim for part in other]
-    own = [part.source for part in rest if part.source in labels and part.source not in key_labels]
+    own = [part.source for part in rest if part.source in set(labels) - set(key_labels)]
     queries = tuple(part for part in rest if own and part.source == own[-1])
     batched = [
         tuple(part for part in other if part not in queries) for place, other in enumerate(layout) if place != dim

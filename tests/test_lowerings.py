@@ -199,8 +199,8 @@ def test_every_layer_has_a_dropout_of_its_own(kind: str, lowering: str) -> None:
     model = randomise(Model(attend, dropout=0.5)).double()
     given = inputs(None)
     small = fxreuse.apply(model, f"4x1 lowering={lowering}", given)
-    kinds = (nn.Dropout, DropoutProbability)
-    assert [part.p for part in small.modules() if isinstance(part, kinds) and _is_used(small, part)] == [0.5] * 4
+    dropouts = [part.p for part in _called(small) if isinstance(part, (nn.Dropout, DropoutProbability))]
+    assert dropouts == [0.5] * 4
     calm = call(small, given)
     noise = []
     for silent in range(5):
@@ -215,13 +215,10 @@ def test_every_layer_has_a_dropout_of_its_own(kind: str, lowering: str) -> None:
     torch.testing.assert_close(first, calm)
 
 
-def _is_used(model: nn.Module, part: nn.Module) -> bool:
-    """Whether a graph calls a submodule."""
-    owners = [module for module in model.modules() if isinstance(module, torch.fx.GraphModule)]
-    called = [
-        owner.get_submodule(str(node.target)) for owner in owners for node in owner.graph.find_nodes(op="call_module")
-    ]
-    return any(part is other for other in called)
+def _called(model: nn.Module) -> list[nn.Module]:
+    """The submodules that the graphs of a rewritten model call."""
+    owners = [module for module in model.modules() if isinstance(getattr(module, "graph", None), torch.fx.Graph)]
+    return [owner.get_submodule(str(n.target)) for owner in owners for n in owner.graph.find_nodes(op="call_module")]
 
 
 def test_dropout_hits_different_places_in_leader_and_follower() -> None:
