@@ -27,6 +27,30 @@ def identity() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def overhead(kind: str) -> str:
+    """One of the tables of overhead.json: ``export``, ``layers`` or ``meta``."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())
+    rows = [(name.partition(": ")[2], row) for name, row in found.items() if name.startswith(f"{kind}: ")]
+    if kind == "export":
+        headers = ["model", "export alone, s", "apply, s", "apply / export"]
+        cells = [
+            [
+                name,
+                f"{r['export_s']:.2f}",
+                f"{r['apply_s']:.2f}",
+                f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
+            ]
+            for name, r in rows
+        ]
+    else:
+        headers = ["model, layers", "sites", "capture, s", "find, ms"]
+        cells = [[name, r["sites"], f"{r['capture_s']:.1f}", f"{1e3 * r['find_s']:.0f}"] for name, r in rows]
+        if kind == "meta":
+            headers = ["model", *headers[1:], "peak memory, GiB"]
+            cells = [[*row, f"{r['peak_gib']:.2f}"] for row, (_, r) in zip(cells, rows, strict=True)]
+    return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+
+
 def write(page: str, name: str, table: str) -> str:
     """The page with the table between its two marks replaced."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -37,7 +61,10 @@ def write(page: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(write(PAGE.read_text(), "identity", identity()))
+    page = write(PAGE.read_text(), "identity", identity())
+    for kind in ("export", "layers", "meta"):
+        page = write(page, f"overhead, {kind}", overhead(kind))
+    PAGE.write_text(page)
 
 
 if __name__ == "__main__":

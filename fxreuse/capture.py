@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from . import guards as guarding
 from .capture_errors import capture_error, first_line
+from .conversions import idle_conversions
 from .errors import CaptureError, InputError
 from .example_sizes import free_shapes, shorten, widen_batch
 from .exported import arguments_of
@@ -105,7 +106,7 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
     errors = []
     for how, given, strict, free in ways[:attempts]:
         try:
-            with warnings.catch_warnings(), quiet_export(), _free_sizes(), named_keywords(model, given.kwargs):
+            with warnings.catch_warnings(), _tracing(), named_keywords(model, given.kwargs):
                 shapes = free_shapes(model, given) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
@@ -140,9 +141,12 @@ def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
         ) from error
 
 
-def _free_sizes() -> contextlib.AbstractContextManager[Any]:
-    """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard instead of no trace."""
-    return torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def _tracing() -> Iterator[None]:
+    """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard instead of no trace; nothing is said."""
+    free_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with quiet_export(), free_sizes, idle_conversions():
+        yield
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def call(
 
 def _known_value(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value of a call, from the last call of the same operator over like values where there was one."""
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
         return evaluate(target, args, kwargs)
     try:
         key = (target, _form(args), _form(tuple(kwargs.items())))

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from .conversions import idle_conversions
 from .example_sizes import widen_batch
 from .inputs import Inputs
 from .mode_modules import marked
@@ -224,7 +225,7 @@ def _traced(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> torch
             return tuple(pytree.tree_leaves(twin(*given.args, **given.kwargs)))
 
         exporting = mock.patch.multiple(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=True)
-        with marked(twin), exporting:
+        with marked(twin), exporting, idle_conversions():
             return make_fx(call, pre_dispatch=True)(*leaves)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxreuse.nodes import call, is_call
+from fxreuse.nodes import call, is_call, map_nodes
 from fxreuse.program import Program
 
 from .steps import Pass
@@ -57,7 +57,7 @@ def functionalise(program: Program) -> None:
             continue
         target = node.args[0]
         later = [user for user in target.users if user is not node and order[user] > order[node]]
-        if _is_shared(target) or any(may_alias(user) for user in target.users if user is not node):
+        if _is_shared(target) or any(may_alias(user, target) for user in target.users if user is not node):
             continue
         with program.graph.inserting_before(node):
             made = call(program.graph, functional, node.args, dict(node.kwargs), like=node)
@@ -83,12 +83,27 @@ def _functional_form(node: fx.Node) -> torch._ops.OpOverload | None:
     return getattr(packet, overload) if packet is not None and overload in packet.overloads() else None
 
 
-def may_alias(node: fx.Node) -> bool:
-    """Whether the value of a node shares its storage with an argument, as far as its schema says."""
+def may_alias(node: fx.Node, source: fx.Node | None = None) -> bool:
+    """Whether the value of a node shares its storage with an argument, as far as its schema says.
+
+    With ``source``, whether it does so with that one: ``x.expand_as(source)`` reads only the sizes of ``source``.
+    """
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return node.op == "call_function"
-    return node.target in _MAY_ALIAS or any(result.alias_info is not None for result in schema.returns)
+    aliased = [a.alias_info is not None for a in schema.arguments]
+    if node.target in _MAY_ALIAS:
+        first = next(i for i, a in enumerate(schema.arguments) if "Tensor" in str(a.type))
+        aliased = [i == first for i in range(len(aliased))]
+    elif all(result.alias_info is None for result in schema.returns):
+        return False
+    if source is None or not any(aliased):
+        return True
+    shared = [value for value, shares in zip(node.args, aliased, strict=False) if shares]
+    shared += [node.kwargs.get(a.name) for a, shares in zip(schema.arguments, aliased, strict=True) if shares]
+    found: list[fx.Node] = []
+    map_nodes(shared, found.append)
+    return source in found
 
 
 def _is_shared(node: fx.Node) -> bool:

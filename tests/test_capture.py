@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from typing import Any
 
@@ -204,6 +205,35 @@ def test_a_cached_tensor_of_an_attribute_comes_back() -> None:
     capture(model, torch.randn(X))
     assert model.table is table
     assert torch.equal(table, torch.full((7, 1), 3.0))
+
+
+class Converting(nn.Module):
+    """Converts a part of itself to what it is already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear.to(x.device, self.linear.weight.dtype)(x)
+
+
+def test_conversions_that_change_nothing_leave_no_trace() -> None:
+    model = Converting()
+    program = capture(model, torch.randn(X))
+    assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
+    assert "to" not in vars(model.linear)
+    assert model.double().linear.weight.dtype is torch.float64
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_on_again_if_it_was(enabled: bool) -> None:
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load_program(nn.Linear(6, 6), torch.randn(X))
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 def test_key_value_caches_are_off_and_come_back() -> None:

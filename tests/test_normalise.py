@@ -146,7 +146,13 @@ def read_before_and_after(self: Body, x: torch.Tensor) -> torch.Tensor:
     return before + middle + h
 
 
-@pytest.mark.parametrize("forward", [chain, read_before_and_after])
+def read_for_its_sizes(self: Body, x: torch.Tensor) -> torch.Tensor:
+    h = self.linear(x)
+    mask = (x.sum((1, 2), keepdim=True) > 0).expand_as(h)
+    return h.masked_fill_(mask, 2.0) * 3
+
+
+@pytest.mark.parametrize("forward", [chain, read_before_and_after, read_for_its_sizes])
 def test_in_place_on_a_fresh_value_becomes_functional(forward: Forward) -> None:
     model, program = load(forward)
     assert not any(target.partition(".")[0].endswith("_") for target in targets(program))
