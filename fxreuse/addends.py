@@ -70,7 +70,7 @@ def split_addends(
     splitter.split(top, ())
     for node, keeps in factors:
         splitter.factor(node, keeps)
-    return Addends(*map(tuple, (splitter.masks, splitter.biases, splitter.sinks, splitter.mixings)))
+    return Addends(tuple(splitter.masks), tuple(splitter.biases), tuple(splitter.sinks), tuple(splitter.mixings))
 
 
 class _Splitter:

@@ -143,7 +143,7 @@ def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
 
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
-    """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard instead of no trace; nothing is said."""
+    """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard; nothing is said."""
     free_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     with quiet_export(), free_sizes, idle_conversions():
         yield

@@ -47,8 +47,8 @@ class _Candidate:
 def assign_stacks(places: Sequence[Place]) -> list[Position]:
     """The position of every attention, given in order of execution.
 
-    A layer is the innermost numbered module (``blocks.3``) whose number varies from one attention to another, all
-    else being equal; or else the innermost numbered one that is called several times, or the outermost of any name
+    A layer is the innermost numbered module (``blocks.3``, or ``blocks.3.1`` of lists in a list) whose number varies
+    from one attention to another, all else being equal; or else the innermost numbered one that is called several times, or the outermost of any name
     that is. Attentions of which none of this is true make a stack for each module that they are in.
 
     >>> places = [Place((f"layers.{i}", f"layers.{i}.attn"), "self") for i in range(2)]
@@ -86,19 +86,31 @@ def _numbered(places: Sequence[Place]) -> list[tuple[Place, dict[str, int]]]:
 def _candidates(numbered: tuple[Place, dict[str, int]]) -> list[_Candidate]:
     """The layers that an attention may belong to, the preferred one first."""
     place, numbers = numbered
-    by_number, by_call, by_any_call = [], [], []
+    inside_out: list[_Candidate] = []
+    by_any_call: list[_Candidate] = []
+    above = ""
     for call in place.calls:
         base, _, count = call.partition("@")
         inner = _inner(call, place, numbers[call])
-        head, _, last = base.rpartition(".")
         calls = _Candidate(call, f"{base}@{_INDEX}", inner)
         by_any_call.append(calls)
-        if last.isdigit():
-            template = ".".join(filter(None, (head, _INDEX))) + (f"@{count}" if count else "")
-            by_number.append(_Candidate(call, template, inner))
-            by_call.append(calls)
-    inside_out = [c for pair in zip(by_number[::-1], by_call[::-1], strict=True) for c in pair]
+        templates = _templates(base, above)
+        own = [_Candidate(call, f"{t}@{count}" if count else t, inner) for t in templates]
+        inside_out = own + ([calls] if base.rpartition(".")[2].isdigit() else []) + inside_out
+        above = base
     return inside_out + by_any_call
+
+
+def _templates(path: str, above: str) -> list[str]:
+    """A path with each of its numbers left open, the last one first; those in ``above`` belong to the call around it.
+
+    >>> _templates("stages.0.blocks.3.1", "stages.0")
+    ['stages.0.blocks.3.{i}', 'stages.0.blocks.{i}.1']
+    """
+    parts = path.split(".")
+    first = len(above.split(".")) if above and path.startswith(f"{above}.") else 0
+    open_at = [place for place in range(len(parts) - 1, first - 1, -1) if parts[place].isdigit()]
+    return [".".join((*parts[:place], _INDEX, *parts[place + 1 :])) for place in open_at]
 
 
 def _inner(call: str, place: Place, number: int) -> str:

@@ -183,7 +183,9 @@ class TokenAxes:
         if isinstance(index, (list, tuple)):
             given = [place for place, each in enumerate(index) if each is not None]
             dim, index = (given[0], index[given[0]]) if len(given) == 1 else (None, None)
-        if operand not in self._layouts or dim is None or len(sizes(node)) != len(sizes(operand)):
+        if operand not in self._layouts or dim is None or not isinstance(index, fx.Node):
+            return None
+        if len(sizes(node)) != len(sizes(operand)):
             return None
         dim %= len(sizes(node))
         return self._moved(operand, {dim: Movement("index", (self._numbers(index),))}, sizes(node)[dim])
@@ -236,7 +238,9 @@ def _whole(dims: list[_Dim]) -> _Dim | None:
     """The axis of which these are all ranges, as they are or with some from its end moved to its front."""
     found = [part for dim in dims for part in dim]
     axes = [part.source for part in found if isinstance(part.source, Axis) and not part.piece]
-    ranges = [axis.movements[-1].amounts for axis in axes if axis.movements and axis.movements[-1].kind == "slice"]
+    ranges: list[Any] = [
+        axis.movements[-1].amounts for axis in axes if axis.movements and axis.movements[-1].kind == "slice"
+    ]
     bases = {dataclasses.replace(axis, movements=axis.movements[:-1]) for axis in axes}
     if len(found) != len(dims) or len(ranges) != len(found) or len(bases) != 1:
         return None

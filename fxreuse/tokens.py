@@ -68,7 +68,7 @@ def _joined(first: Movement, second: Movement) -> tuple[Movement, ...] | None:
     if first.kind == "flip":
         return ()
     if first.kind == "roll":
-        both = roll(first.amounts[0] + second.amounts[0], first.amounts[1])  # type: ignore[operator, arg-type]
+        both = roll(first.amounts[0] + second.amounts[0], first.amounts[1])  # type: ignore[operator]
         return () if both.amounts[0] == 0 else (both,)
     if first.kind == "slice":
         offset, _, full = first.amounts

@@ -18,6 +18,7 @@ from fxreuse.find import source_line
 from fxreuse.flow import Flow
 from fxreuse.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
 from fxreuse.scores import Scores, find_scores
+from fxreuse.softmaxes import softmax_of
 
 from .arrange import Term, without_ones
 
@@ -101,7 +102,11 @@ def affine_scores(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Affine:
     Raises:
         UnsupportedError: where the scores are anything else (a tanh soft-cap, say); operator and line are named.
     """
-    scores = find_scores(softmax, arguments(softmax)["dim"], flow)
+    found = softmax_of(softmax)
+    if found is None or found.exponential is not None:
+        what = "is suppressed or renormalised after the softmax" if found is None else "is written out as exponentials"
+        raise refusal(site, softmax, f"needs a map that is the value of a softmax, but this one {what}")
+    scores = find_scores(found.scores, found.dim, flow)
     assert not isinstance(scores, str), scores  # it was found before
     reader = _Reader(site, scores, flow)
     for operand, node in itertools.pairwise(scores.spine):

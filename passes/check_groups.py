@@ -43,8 +43,8 @@ def check_groups(program: Program, sites: Sequence[AttentionSite], leaders: Sequ
         if source.tokens.differ(follower.tokens):
             raise PlanError(
                 f"{follower} (layer {layer}) cannot use the map of {source} (layer {leader}): they attend over "
-                f"different tokens, {follower.tokens} against {source.tokens}. Choose groups within layers that attend "
-                "over the same ones."
+                f"different tokens, {follower.tokens} against {source.tokens}. "
+                "Choose groups within layers of the same tokens, with leaders=… if they alternate."
             )
         layouts = [_layout(program, site) for site in (source, follower)]
         if layouts[0] != layouts[1]:

@@ -10,8 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from fxreuse.attention import AttentionSites
+from fxreuse.errors import PlanError
 from fxreuse.find import find
 from fxreuse.frontend import load_program
+from fxreuse.passes.check_groups import check_groups
+from fxreuse.program import Program
 
 from .handwritten import Attention
 
@@ -122,10 +125,15 @@ OVERS = [
 
 
 @functools.cache
-def sites() -> AttentionSites:
+def captured() -> tuple[Program, AttentionSites]:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2, 2), Channels(), *(Layer(over) for over in [*OVERS, rows]))
     with torch.no_grad():
-        return find(load_program(torch.export.export(model.eval(), (torch.randn(3, 3, 8, 8),))))
+        program = load_program(torch.export.export(model.eval(), (torch.randn(3, 3, 8, 8),)))
+    return program, find(program)
+
+
+def sites() -> AttentionSites:
+    return captured()[1]
 
 
 class Channels(torch.nn.Module):
@@ -166,3 +174,11 @@ def test_many_layers_later_tokens_are_the_same() -> None:
     first, last = sites()[0], sites()[len(OVERS)]
     assert not first.tokens.differ(last.tokens)
     assert str(first.tokens) == str(last.tokens)
+
+
+def test_a_group_over_different_tokens_is_refused_with_both_sites_named() -> None:
+    program, found = captured()
+    pair = [found[OVERS.index(over)] for over in (rows, columns)]
+    with pytest.raises(PlanError, match=f"{pair[1]} .*{pair[0]} .*different tokens"):
+        check_groups(program, pair, [0, 0])
+    check_groups(program, [found[0], found[len(OVERS)]], [0, 0])

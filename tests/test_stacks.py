@@ -59,6 +59,19 @@ def test_stages_are_stacks_of_their_own() -> None:
     ]
 
 
+def test_lists_in_a_list_of_which_only_the_outer_number_varies() -> None:
+    """A list of modules is never called, so that all its numbers are in the path of the module that is."""
+    places = [Place(("decoder", f"decoder.layers.{i}.1", f"decoder.layers.{i}.1.attend"), "self") for i in (0, 2, 4)]
+    assert stacks(*places) == [
+        ("decoder.layers.{i}.1·self", number, f"decoder.layers.{i}.1") for number, i in enumerate((0, 2, 4))
+    ]
+
+
+def test_lists_in_a_list_of_which_both_numbers_vary() -> None:
+    places = [Place((f"stages.{s}.{b}", f"stages.{s}.{b}.attn"), "self") for s in range(2) for b in range(2)]
+    assert [p[0] for p in stacks(*places)] == ["stages.0.{i}·self"] * 2 + ["stages.1.{i}·self"] * 2
+
+
 def test_a_number_that_does_not_vary_is_no_layer() -> None:
     found = stacks(*(place(f"encoder.block.{i}.layer.0.SelfAttention") for i in range(2)))
     assert [p[0] for p in found] == ["encoder.block.{i}·self"] * 2
