@@ -48,8 +48,9 @@ def assign_stacks(places: Sequence[Place]) -> list[Position]:
     """The position of every attention, given in order of execution.
 
     A layer is the innermost numbered module (``blocks.3``, or ``blocks.3.1`` of lists in a list) whose number varies
-    from one attention to another, all else being equal; or else the innermost numbered one that is called several times, or the outermost of any name
-    that is. Attentions of which none of this is true make a stack for each module that they are in.
+    from one attention to another, all else being equal; or else the innermost numbered one that is called several
+    times, or the outermost of any name that is. Attentions of which none of this is true make a stack for each module
+    that they are in.
 
     >>> places = [Place((f"layers.{i}", f"layers.{i}.attn"), "self") for i in range(2)]
     >>> for position in assign_stacks(places):
