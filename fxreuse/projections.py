@@ -63,7 +63,7 @@ class Projection:
 
     def read_here_only(self) -> bool:
         """Whether nothing else in the graph reads the weight and the bias."""
-        return all(len(node.users) == 1 for node in (*self.weights, *self.biases))
+        return all(len(value_readers(node)) == 1 for node in (*self.weights, *self.biases))
 
 
 def read_projection(program: Program, node: fx.Node) -> Projection | None:
@@ -76,6 +76,19 @@ def read_projection(program: Program, node: fx.Node) -> Projection | None:
         return _convolution(program, node)
     product = contraction(node)
     return None if product is None else _product(program, product)
+
+
+#: Operators that take type and device, but neither values nor sizes, from their first argument.
+_TYPE_ONLY = frozenset({aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty})
+
+
+def value_readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a node but for those that only take its type and device."""
+    return [
+        user
+        for user in node.users
+        if not (packet(user) in SAME_VALUE and user.args[0] is not node) and packet(user) not in _TYPE_ONLY
+    ]
 
 
 def is_parameter(program: Program, node: Any) -> bool:

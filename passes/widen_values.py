@@ -15,7 +15,7 @@ from fxreuse.errors import PlanError, UnsupportedError
 from fxreuse.layout import Way, WeightLayout, context_of, copies_between, named, way_of_output, way_of_values
 from fxreuse.nodes import inserting_before, is_call, map_nodes, remove_dead, replace
 from fxreuse.program import Program, get_attribute
-from fxreuse.projections import is_move, is_unary, refresh, resize, take_place
+from fxreuse.projections import is_move, is_unary, refresh, resize, take_place, value_readers
 from fxreuse.tree import own_copy, reads
 
 _aten = torch.ops.aten
@@ -118,7 +118,7 @@ def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str | None, str]:
 def _check_readers(pair: _Pair, way: Way, own: set[fx.Node]) -> None:
     """Raise where a weight, or a value whose width changes, has a reader that is not widened with it."""
     for node in (*way.projection.weights, *way.projection.biases, *pair.wider()):
-        for user in node.users:
+        for user in value_readers(node):
             if user not in own and not is_call(user, _aten.sym_size.int):
                 what = way.projection.weight if node in way.projection.weights else node.name
                 raise _refused(pair.site, f"{what} is also read by {named(user)}")
