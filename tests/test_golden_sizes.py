@@ -9,6 +9,7 @@ import importlib
 
 import pytest
 import torch
+from models.conformer import Conformer
 from models.hubert_student import HubertStudent, frames
 
 import fxreuse
@@ -28,6 +29,18 @@ ARMHUBERT = [
     (432, 816, "3by4 ffn=match:2by6", 22_393_216, 888),
     (480, 640, "1x12", 26_635_840, 640),
     (480, 640, "2by6 ffn=864", 26_448_448, 864),
+]
+
+# Map reuse: parameters by number of groups (table 3 of the ICLR paper), and the rows of its table 2. The Conformer has
+# four heads, so that (H4) changes nothing.
+CONFORMER = {16: 25_452_800, 8: 24_922_368, 4: 24_657_152, 3: 24_590_848, 2: 24_524_544}
+CONFORMER_PLANS = [
+    ("1x16", 16),
+    ("2x8", 8),
+    ("4x4", 4),
+    ("4(H4)+4(H4)+8(H4)", 3),
+    ("8(H4)+4(H4)+4(H4)", 3),
+    ("8x2", 2),
 ]
 
 Captured = tuple[torch.nn.Module, Program]
@@ -69,3 +82,27 @@ def test_armhubert(students, dim, width, plan, parameters, wider):
     assert {part.in_features for name, part in linear.items() if name.endswith("fc2")} == {wider}
     followers = [decision for decision in record.decisions if decision.action == "follow"]
     assert record.parameters_removed == len(followers) * 2 * (dim * dim + dim)
+
+
+@pytest.fixture(scope="module")
+def conformer() -> Captured:
+    model = Conformer().eval()
+    return model, apply_module.load_program(model, torch.randn(2, 16, 256))
+
+
+@pytest.mark.parametrize(("groups", "count_of_groups"), CONFORMER_PLANS)
+def test_conformer(conformer, groups, count_of_groups):
+    """With values twice as wide. The rows run, at another length than that of the capture.
+
+    Relative positions save more than wider values cost, so there is no note that nothing is gained.
+    """
+    small = applied(conformer, f"{groups} values=2")
+    record = fxreuse.describe(small)
+    assert count(small) == CONFORMER[count_of_groups]
+    assert count(conformer[0]) - record.parameters_removed + record.parameters_added == CONFORMER[count_of_groups]
+    assert any(note.kind == "cost" for note in record.notes) == (count_of_groups == 16)
+    assert sum(decision.action == "follow" for decision in record.decisions) == 16 - count_of_groups
+    with torch.no_grad():
+        logits = small(torch.randn(1, 9, 256))
+    assert logits.shape == (1, 9, 129)
+    assert logits.isfinite().all()
