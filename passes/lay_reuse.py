@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 
 from fxreuse.attention import AttentionSite
-from fxreuse.errors import UnsupportedError
 from fxreuse.feed_forward import find_feed_forward
+from fxreuse.find import find
 from fxreuse.plan import Reuse as Step
 from fxreuse.plan_options import DTYPES, Match
 from fxreuse.program import Program
 
 from .decisions import with_added
 from .reuse import Reuse, reuse
+from .split_heads import split_heads
 from .widen_feed_forward import units_to_size, units_to_width, widen_feed_forward
 
 
@@ -30,15 +31,27 @@ def lay_reuse(program: Program, sites: Sequence[AttentionSite], leaders: Sequenc
         PlanError: where groups, heads or widths do not fit the model.
         UnsupportedError: where the model has a form that the pass cannot rewrite; the reason is named.
     """
-    for site, heads in zip(sites, step.groups.head_counts(len(sites)), strict=True):
-        if heads not in (None, site.heads):
-            raise UnsupportedError(f"{site} has {site.heads} heads; another number of them, {heads}, is not supported.")
+    program, sites = _with_heads(program, sites, step.groups.head_counts(len(sites)))
     dtype = None if step.dtype is None else DTYPES[step.dtype]
     done = reuse(program, sites, leaders, step.lowering, values=step.values, dtype=dtype)
     if step.ffn is None:
         return done
     added = _reinvest(program, done.program, sites, step)
     return dataclasses.replace(done, decisions=with_added(done.decisions, added), added=done.added | added)
+
+
+def _with_heads(
+    program: Program, sites: Sequence[AttentionSite], counts: Sequence[int | None]
+) -> tuple[Program, Sequence[AttentionSite]]:
+    """The program with as many heads in each layer as are asked for, and its sites."""
+    for heads in dict.fromkeys(counts):
+        members = [site for site, wanted in zip(sites, counts, strict=True) if wanted == heads != site.heads]
+        if heads is None or not members:
+            continue
+        program = split_heads(program, members, heads)
+        found = {str(site): site for site in find(program)}
+        sites = [found[str(site)] for site in sites]
+    return program, sites
 
 
 def _reinvest(before: Program, after: Program, sites: Sequence[AttentionSite], step: Step) -> dict[str, int]:
