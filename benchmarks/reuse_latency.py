@@ -3,9 +3,11 @@
     python benchmarks/reuse_latency.py                      # everything that benchmarks/results/ does not have yet
     python benchmarks/reuse_latency.py plain 2048 --again   # one model at one length, anew
     python benchmarks/reuse_latency.py kernels | memory
+    python benchmarks/reuse_latency.py plain --prepare      # captures only; the timings then start at once
     python benchmarks/tables.py                             # writes the tables in docs/measurements.md
 
-Every cell is one interleaved run in eager mode without gradients; weights are random. Two threads.
+Every cell is one interleaved run in eager mode without gradients; weights are random. Two threads by the clock; with
+``--one-thread``, one thread by its processor time, for a machine that others use, too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,12 @@ from fxreuse.measure import peak_memory
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
+ONE_THREAD = "reuse_latency_one_thread"
+PREPARED = Path(tempfile.gettempdir()) / "fxreuse_reuse_latency"
 sys.path[:0] = [str(ROOT), str(ROOT.parent / "examples")]
 
 from models.conformer import Conformer, RelativeAttention, shift  # noqa: E402
-from undisturbed import undisturbed  # noqa: E402
+from undisturbed import processor_time, undisturbed  # noqa: E402
 
 LENGTHS = (128, 256, 512, 768, 1024, 2048)
 KERNEL_LENGTHS = (512, 1024, 2048, 4096)
@@ -68,8 +73,15 @@ class PlainLayer(nn.Module):
         return x + self.feed_forward(self.norm2(x))
 
 
-Make = Callable[[int], Any]
-Case = tuple[str, dict[str, nn.Module], Make, str]
+def frames(length: int) -> tuple[Tensor]:
+    return (torch.randn(1, length, 256),)
+
+
+def bert_inputs(length: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(5, 1000, (1, length))}
+
+
+Case = tuple[str, dict[str, nn.Module], Callable[[int], Any], str]
 
 
 def conformer() -> Case:
@@ -79,7 +91,7 @@ def conformer() -> Case:
     for module in fused.modules():
         if type(module) is RelativeAttention:
             module.__class__ = FusedRelativeAttention
-    return "Conformer-M", {"given": given, "fused": fused}, lambda frames: (torch.randn(1, frames, 256),), "4x4"
+    return "Conformer-M", {"given": given, "fused": fused}, frames, "4x4"
 
 
 def bert() -> Case:
@@ -87,12 +99,12 @@ def bert() -> Case:
 
     config = transformers.BertConfig(max_position_embeddings=max(LENGTHS))
     model = transformers.BertModel(config, add_pooling_layer=False).eval()
-    return "BERT-base", {"fused": model}, lambda tokens: {"input_ids": torch.randint(5, 1000, (1, tokens))}, "4x3"
+    return "BERT-base", {"fused": model}, bert_inputs, "4x3"
 
 
 def plain() -> Case:
     model = nn.Sequential(*(PlainLayer(256, 4) for _ in range(16))).eval()
-    return "plain, d = 256", {"fused": model}, lambda tokens: (torch.randn(1, tokens, 256),), "4x4"
+    return "plain, d = 256", {"fused": model}, frames, "4x4"
 
 
 CASES: dict[str, Callable[[], Case]] = {"conformer": conformer, "bert": bert, "plain": plain}
@@ -102,18 +114,33 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
-def measure_models(name: str, lengths: list[int], found: dict[str, Any]) -> None:
+def prepare(name: str) -> tuple[str, dict[str, nn.Module], str, fxreuse.Decision]:
+    """The variants of a model; kept in a file, since capturing them takes longer than timing."""
+    PREPARED.mkdir(exist_ok=True)
+    path = PREPARED / f"{name}.pt"
+    if not path.exists():
+        torch.manual_seed(0)
+        title, models, make, plan = CASES[name]()
+        original = next(iter(models.values()))
+        for lowering in LOWERINGS:
+            models[lowering] = fxreuse.apply(original, f"{plan} lowering={lowering}", make(16))
+        automatic = fxreuse.describe(fxreuse.apply(original, plan, make(16))).decisions[0]
+        torch.save((title, models, plan, automatic), path)
+    return torch.load(path, weights_only=False)
+
+
+def measure_models(name: str, lengths: list[int], results: str, seconds: float) -> None:
     """Time the original, as given and fused, against both lowerings; ``auto`` is one of them."""
-    torch.manual_seed(0)
-    title, models, make, plan = CASES[name]()
-    original = next(iter(models.values()))
-    for lowering in LOWERINGS:
-        models[lowering] = fxreuse.apply(original, f"{plan} lowering={lowering}", make(16))
-    automatic = fxreuse.describe(fxreuse.apply(original, plan, make(16))).decisions[0]
+    found = load(results)
+    title, models, plan, automatic = prepare(name)
+    make = bert_inputs if name == "bert" else frames
     for length in lengths:
         inputs = make(length)
         run = {kind: functools.partial(call, model, inputs) for kind, model in models.items()}
-        timings, dropped = undisturbed(run)
+        if results == ONE_THREAD:
+            timings, dropped = processor_time(run, seconds=seconds), 0
+        else:
+            timings, dropped = undisturbed(run, seconds=seconds)
         cell: dict[str, Any] = {
             "case": name,
             "model": title,
@@ -131,7 +158,7 @@ def measure_models(name: str, lengths: list[int], found: dict[str, Any]) -> None
                 cell[f"over {against}"] = {kind: [g.median, g.low, g.high] for kind, g in gains.items()}
         found[f"{title}, T = {length}"] = cell
         print(json.dumps(cell), flush=True)
-        save("reuse_latency", found)
+        save(results, found)
 
 
 def measure_kernels(length: int) -> dict[str, float]:
@@ -183,17 +210,21 @@ def save(name: str, found: dict[str, Any]) -> None:
 def main() -> None:
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     again = "--again" in sys.argv
+    seconds = next((float(word.partition("=")[2]) for word in sys.argv if word.startswith("--seconds=")), 30.0)
     lengths = [int(word) for word in words if word.isdigit()]
     parts = [word for word in words if not word.isdigit()] or [*CASES, "kernels", "memory"]
-    torch.set_num_threads(2)
+    results = ONE_THREAD if "--one-thread" in sys.argv else "reuse_latency"
+    torch.set_num_threads(1 if results == ONE_THREAD else 2)
     with torch.no_grad():
         for part in parts:
-            if part in CASES:
-                found = load("reuse_latency")
+            if "--prepare" in sys.argv:
+                prepare(part)
+            elif part in CASES:
+                found = load(results)
                 known = [] if again else [cell["length"] for cell in found.values() if cell["case"] == part]
                 wanted = [length for length in lengths or LENGTHS if length not in known]
                 if wanted:
-                    measure_models(part, wanted, found)
+                    measure_models(part, wanted, results, seconds)
             else:
                 name, function = f"reuse_{part}", {"kernels": measure_kernels, "memory": measure_memory}[part]
                 found = load(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -51,6 +52,47 @@ def overhead(kind: str) -> str:
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def load(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def github(rows: list[list[str]], headers: list[str]) -> str:
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def reuse_latency() -> str:
+    """Milliseconds, and how many times faster than the original as given and with fused attention."""
+    rows = []
+    for cell in sorted(load("reuse_latency").values(), key=lambda cell: (cell["case"], cell["length"])):
+        row = [cell["model"], cell["plan"], str(cell["length"])]
+        row += [f"{cell['ms'][kind]:.0f}" if kind in cell["ms"] else "" for kind in ("given", "fused")]
+        for kind in ("materialize", "recompute"):
+            gains = [cell[f"over {against}"][kind] for against in ("given", "fused") if f"over {against}" in cell]
+            row += [
+                f"{cell['ms'][kind]:.0f}",
+                " · ".join(f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in gains),
+            ]
+        rows.append([*row, cell["auto"], str(cell["rounds"])])
+    headers = ["model", "plan", "T", "as given", "fused", "materialize", "gain", "recompute", "gain", "auto", "rounds"]
+    return github(rows, headers)
+
+
+def reuse_kernels() -> str:
+    found = load("reuse_kernels")
+    columns = ["fused", "map, fresh", "map", "leader", "follower", "map, bf16", "follower, bf16"]
+    rows = [
+        [length, *(f"{row[name]:.1f} ({row[name] / row['fused']:.2f})" for name in columns)]
+        for length, row in found.items()
+    ]
+    return github(rows, ["T", *columns])
+
+
+def reuse_memory() -> str:
+    kinds = ["map", "original", "recompute", "recompute, workspace", "materialize", "materialize, workspace"]
+    rows = [[length, *(f"{row[kind] / 2**20:.0f}" for kind in kinds)] for length, row in load("reuse_memory").items()]
+    return github(rows, ["T", *kinds])
+
+
 def write(page: str, name: str, table: str) -> str:
     """The page with the table between its two marks replaced."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -61,7 +103,9 @@ def write(page: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    page = write(PAGE.read_text(), "identity", identity())
+    page = PAGE.read_text()
+    for make in (identity, reuse_latency, reuse_kernels, reuse_memory):
+        page = write(page, make.__name__.replace("_", " "), make())
     for kind in ("export", "layers", "meta"):
         page = write(page, f"overhead, {kind}", overhead(kind))
     PAGE.write_text(page)

@@ -14,7 +14,7 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def undisturbed(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 30.0, share: float = 0.1
+    functions: Mapping[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 30.0, share: float = 0.25
 ) -> tuple[dict[str, Timing], int]:
     """Time functions against each other, as `fxreuse.measure.interleaved` does, where nothing else runs.
 
@@ -48,11 +48,27 @@ def undisturbed(
     return timings, len(kept) - len(quiet)
 
 
-def _time(function: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
+def processor_time(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 30.0
+) -> dict[str, Timing]:
+    """Time functions by what this process spends on them, which others do not add to. For one thread only."""
+    for function in functions.values():
+        function()
+    calls = {name: max(1, round(SHORTEST / _time(function, 1))) for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    for done in range(rounds):
+        if done < 3 or time.perf_counter() < end:
+            for name, function in functions.items():
+                times[name].append(_time(function, calls[name], time.process_time))
+    return {name: Timing(tuple(values), calls[name]) for name, values in times.items()}
+
+
+def _time(function: Callable[[], object], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     for _ in range(calls):
         function()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def _others() -> float:
