@@ -47,12 +47,15 @@ class TokenAxes:
         return Tokens.of((*query[:-1], key[-2]) if query and key else ())
 
     def is_over_map(self, product: Contraction) -> bool:
-        """Whether one of the operands of a product is a map: it has the tokens that are summed over once more."""
+        """Whether one of the operands of a product is a map: it has the tokens that are summed over once more.
+
+        Another piece of the same axis is none of a map: a reshape may put channels where tokens were.
+        """
         for operand in (product.left, product.right):
             dims = zip(product.side(operand)[0], self._layouts.get(operand, ()), strict=False)
-            axes = [(label in product.summed, part.source) for label, dim in dims for part in dim]
-            summed = {axis for is_summed, axis in axes if is_summed and axis is not None}
-            if any(axis in summed for is_summed, axis in axes if not is_summed):
+            axes = [(label in product.summed, part) for label, dim in dims for part in dim if part.source is not None]
+            summed = {(part.source, part.piece) for is_summed, part in axes if is_summed}
+            if any((part.source, part.piece) in summed for is_summed, part in axes if not is_summed):
                 return True
         return False
 

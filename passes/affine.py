@@ -130,10 +130,10 @@ class _Reader:
         product = scores.product
         labels, _, others = product.side(scores.query)
         self._keys = {label for label in product.axes if label in others and label not in labels}
+        named = arguments(product.node)
+        self._number = float(named.get("alpha", 1.0))
         if product.addend is not None:
-            named = arguments(product.node)
-            self._number = float(named["alpha"])
-            self._add(product.addend, float(named["beta"]))
+            self._add(product.addend, float(named.get("beta", 1.0)))
 
     def result(self) -> Affine:
         return Affine(

@@ -77,7 +77,7 @@ def read_consumer(
     """
     node = program.node(name)
     product = contraction(node)
-    if product is None or product.addend is not None:
+    if product is None or product.addend is not None or arguments(node).get("alpha", 1) != 1:
         raise refusal(site, node, "needs a plain product of the map with the values")
     for operand in (product.left, product.right):
         chain = _chain(site, map_node, operand, program)

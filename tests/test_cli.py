@@ -11,7 +11,9 @@ import wave
 import pytest
 
 import fxreuse
+from fxreuse import checks
 from fxreuse.cli import main
+from fxreuse.measure import interleaved
 from fxreuse.progress import Progress
 
 pytest.importorskip("transformers")
@@ -34,6 +36,12 @@ def factory(tmp_path):
         "    return torch.nn.TransformerEncoder(layer, layers), torch.randn(2, 7, 16)\n"
     )
     return f"{path}:encoder"
+
+
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch):
+    """What is printed does not depend on how long it was timed."""
+    monkeypatch.setattr(checks, "interleaved", lambda calls, seconds: interleaved(calls, seconds=0.05, rounds=3))
 
 
 # inspect

@@ -166,7 +166,7 @@ def columns_by_perturbing(layer: Fused) -> torch.Tensor:
     return columns
 
 
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=max(3, hypothesis.settings.default.max_examples // 20))
 @hypothesis.given(st.lists(attentions(), min_size=3, max_size=4))
 def test_rows_are_those_that_perturbing_shows(drawn: list[Drawn]) -> None:
     model = Several(drawn).eval()
