@@ -78,7 +78,7 @@ def assert_same_gradients(actual: Gradients, expected: Gradients, tolerance: flo
         wanted = expected[name]
         assert (gradient is None) == (wanted is None), f"{name}: only one of the two has a gradient"
         if gradient is not None and wanted is not None:
-            wanted = live_part(wanted, gradient.shape)
+            gradient, wanted = live_parts(gradient, wanted, name)
             scale = float(wanted.abs().max()) if wanted.numel() else 0.0
             torch.testing.assert_close(
                 gradient,
@@ -89,13 +89,19 @@ def assert_same_gradients(actual: Gradients, expected: Gradients, tolerance: flo
             )
 
 
-def live_part(gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Of a gradient that has the shape of the whole parameter, the slices that are not zero, where ``shape`` is cut."""
-    for dim, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)):
+def live_parts(cut: torch.Tensor, whole: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slices that are not zero of two gradients, along the dimension in which one parameter is a cut of the other.
+
+    A slice that was kept may have no gradient either, where dropout left nothing of it.
+    """
+    for dim, (have, want) in enumerate(zip(whole.shape, cut.shape, strict=True)):
         if have != want:
-            live = gradient.transpose(0, dim).flatten(1) if gradient.ndim > 1 else gradient[:, None]
-            gradient = gradient.index_select(dim, live.abs().sum(1).nonzero().flatten())
-    return gradient
+            live = [torch.stack([part.any() for part in side.unbind(dim)]) for side in (cut, whole)]
+            assert live[1].sum() <= want, f"{name}: {int(live[1].sum())} slices have a gradient, {want} were kept"
+            cut, whole = (
+                side.index_select(dim, at.nonzero().flatten()) for side, at in zip((cut, whole), live, strict=True)
+            )
+    return cut, whole
 
 
 def seeded_step(model: torch.nn.Module, forward: Any, seed: int = 7) -> tuple[Any, Gradients]:
