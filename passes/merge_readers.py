@@ -17,22 +17,25 @@ def merge_readers(source: fx.Node) -> int:
     arguments, and the first of several comes before all readers of the others. Modules, whose behaviour depends on
     their mode, stay apart, and so do values that are written to in place later.
 
+    It goes on behind what was merged, and no further: what only one layer does has no copy behind it.
+
     After a leader's map has taken the place of its followers', this leaves one copy of what all of them do to it alike:
     a weak attention suppression, say, or a cast.
     """
     order = {node: index for index, node in enumerate(source.graph.nodes)}
+    reached = {source}
     merged = 0
-    pending = [source]
-    while pending:
+    for node in list(source.graph.nodes):  # in this order a node is visited after its operands were merged
+        if node not in reached:
+            continue
         known: dict[str, fx.Node] = {}
-        for user in sorted(pending.pop().users, key=order.__getitem__):
+        for user in sorted(node.users, key=order.__getitem__):
             if not _is_pure(user):
                 continue
             first = known.setdefault(repr((str(user.target), user.args, user.kwargs)), user)
-            if first is user:
-                pending.append(user)
-            elif not _is_written(first) and not _is_written(user):
+            if first is not user and not _is_written(first) and not _is_written(user):
                 replace(user, first)
+                reached.add(first)
                 merged += 1
     return merged
 
