@@ -73,7 +73,21 @@ class Materializer:
                 self._contract(node, shared.stored)
             else:
                 self._read(site, node, shared)
+        self._cast_as_the_leader(shared.wide, 1 + len(followers))
         merge_readers(shared.wide)
+
+    def _cast_as_the_leader(self, shared: fx.Node, layers: int) -> None:
+        """Where every layer casts the map to the dtype of its own queries, take that of the leader's for all.
+
+        Queries of all layers have one dtype; a follower that asks its own would have to compute them for that alone.
+        """
+        order = {node: index for index, node in enumerate(self.program.graph.nodes)}
+        casts = [user for user in shared.users if is_call(user, _aten.type_as.default) and user.args[0] is shared]
+        if len(casts) != layers:
+            return
+        first, *others = sorted(casts, key=order.__getitem__)
+        for cast in others:
+            cast.args = first.args
 
     def _store_fused(self, node: fx.Node) -> _Map:
         """The map of a fused attention.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+import fxreuse
 from fxreuse.errors import UnsupportedError
 from fxreuse.find import find
 from fxreuse.frontend import load_program
@@ -176,3 +177,28 @@ def test_only_equal_pure_readers_are_merged() -> None:
     assert len(program.graph.nodes) == before - 1
     assert len(calls(program, aten.cos.default)) == 1
     assert len(calls(program, aten.sin.default)) == 2
+
+
+class CastToQueries(torch.nn.Module):
+    """A soft-capped attention whose map is computed in float32 and cast back to the dtype of its queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        scores = torch.tanh(q @ k.transpose(-1, -2))
+        attention_map = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        return x + (attention_map @ v).transpose(1, 2).flatten(2)
+
+
+def test_a_cast_to_the_dtype_of_queries_keeps_no_queries_alive() -> None:
+    model = torch.nn.Sequential(*(CastToQueries() for _ in range(3))).eval()
+    small = fxreuse.apply(model, "3x1 lowering=materialize", torch.randn(2, 5, 8))
+    names = {name for name, _ in small.named_parameters()}
+    assert {name for name in names if not name.startswith("0.")} == {
+        f"{i}.v.{n}" for i in (1, 2) for n in ("weight", "bias")
+    }
+    half = small.to(torch.bfloat16)
+    assert half(torch.randn(2, 5, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
