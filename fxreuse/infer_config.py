@@ -126,7 +126,7 @@ def _videos(config: Any, sampler: Sampler) -> Tensor | None:
         if part is not None:
             side = getattr(part, size)
             height, width = (side, side) if isinstance(side, int) else (side[0], side[-1])
-            channels: int = getattr(part, "in_chans", None) or getattr(part, "num_channels", 3)
+            channels: Any = getattr(part, "in_chans", None) or getattr(part, "num_channels", 3)
             return sampler.normal(BATCH, getattr(part, frames), channels, height, width)
     return None
 
