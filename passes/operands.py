@@ -161,13 +161,13 @@ class Operands:
         if bias is None:
             bias = insert(_aten.new_zeros.default, self.query, [1, 1, 1, keys])
         else:
-            bias = insert(_aten.constant_pad_nd.default, bias, [0, 1], 0.0)
+            bias = _with_one_more(insert, bias, -1, 0.0)
         if visible is not None:
             hidden = insert(_aten.logical_not.default, visible)
-            hidden = insert(_aten.constant_pad_nd.default, hidden, [0, 1], False)
+            hidden = _with_one_more(insert, hidden, -1, False)
             bias = insert(_aten.masked_fill.Scalar, bias, hidden, -math.inf)
         last = insert(_aten.new_zeros.default, self.query, [insert(operator.sub, keys, 1)])
-        last = insert(_aten.constant_pad_nd.default, last, [0, 1], 1.0)
+        last = _with_one_more(insert, last, -1, 1.0)
         return insert(_aten.add.Tensor, bias, insert(_aten.mul.Tensor, score, last))
 
     def _kind(self, mask: fx.Node) -> str:
@@ -218,7 +218,13 @@ def _negation(insert: Insert, node: fx.Node) -> fx.Node:
 
 def with_sink(insert: Insert, node: fx.Node) -> fx.Node:
     """Keys or values with one more, of zeros, behind them."""
-    return insert(_aten.constant_pad_nd.default, node, [0, 0, 0, 1], 0.0)
+    return _with_one_more(insert, node, -2, 0.0)
+
+
+def _with_one_more(insert: Insert, node: fx.Node, dim: int, value: float) -> fx.Node:
+    """A tensor with a constant behind its elements along a dimension. (`constant_pad_nd` would fix free sizes.)"""
+    made = insert(_aten.full_like.default, insert(_aten.slice.Tensor, node, dim, 0, 1), value)
+    return insert(_aten.cat.default, [node, made], dim)
 
 
 def _operand(product: Contraction, operand: fx.Node) -> Term:

@@ -16,7 +16,7 @@ import fxreuse
 from fxreuse.find import find
 from fxreuse.frontend import load_program
 from fxreuse.passes.reuse import reuse
-from fxreuse.program import Program
+from fxreuse.program import Program, fixed_size
 
 from .attention_forms import FORMS, WIDTH, Form, Layer, Model, heads, joined, product
 
@@ -62,6 +62,8 @@ def test_both_lowerings_are_the_shared_map(name: str) -> None:
     expected = model.shared(*given)
     wanted = gradients(model, expected)
     for lowering, program in programs.items():
+        (output,) = program.graph.output_node().args[0]
+        assert [fixed_size(size) for size in output.meta["val"].shape[:2]] == [None, None]  # no size was fixed
         (found,) = program.module(*given)
         visible = ~expected.isnan()
         torch.testing.assert_close(
