@@ -218,7 +218,8 @@ def main() -> None:
     with torch.no_grad():
         for part in parts:
             if "--prepare" in sys.argv:
-                prepare(part)
+                if part in CASES:
+                    prepare(part)
             elif part in CASES:
                 found = load(results)
                 known = [] if again else [cell["length"] for cell in found.values() if cell["case"] == part]
