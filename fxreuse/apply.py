@@ -104,6 +104,7 @@ def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Progr
         if any(decision.stack == name for decision in decisions):
             raise PlanError(f"plan {str(plan)!r} names the stack {name} twice; give every stack one part of the plan.")
         result = lay_reuse(program, sites.stacks[name], leaders, step)
+        notes += result.notes
         notes += _note_gain(program, result.program, step.values, name)
         program = keep_leaders(result.program, result.decisions, sites)
         decisions += result.decisions

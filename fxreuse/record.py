@@ -33,8 +33,8 @@ class Note:
 
     ``kind`` is ``"training"`` (behaviour in training mode that the rewritten model does not have), ``"size"`` (a
     dimension that was specialised), ``"mask"`` (a mask that was proved trivial), ``"layerdrop"`` (layers that it
-    spares), ``"outline"`` (a layer that stayed in the flat graph), ``"cost"`` (an option that undoes what reuse saves)
-    or ``"capture"``.
+    spares), ``"outline"`` (a layer that stayed in the flat graph), ``"cost"`` (something that undoes what reuse
+    saves) or ``"capture"``.
     """
 
     kind: str

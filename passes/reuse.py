@@ -12,7 +12,7 @@ from fxreuse.attention import AttentionSite
 from fxreuse.layout import context_of
 from fxreuse.nodes import is_call, remove_dead
 from fxreuse.program import Program
-from fxreuse.record import Decision
+from fxreuse.record import Decision, Note
 from fxreuse.tree import drop, reads
 
 from .check_groups import check_groups
@@ -23,18 +23,23 @@ from .even_widths import even_widths
 from .fused import OPERATOR
 from .materialize import Materializer
 from .recompute import Recomputer
+from .still_computed import still_computed
 from .widen_values import widen_values
 
 
 @dataclasses.dataclass(frozen=True)
 class Reuse:
-    """What reuse did: a program, a decision per site, parameters removed and added (path → numel), buffers removed."""
+    """What reuse did: a program, a decision per site, parameters removed and added (path → numel), buffers removed.
+
+    ``notes`` name followers that save less than one expects.
+    """
 
     program: Program
     decisions: tuple[Decision, ...]
     removed: dict[str, int]
     added: dict[str, int]
     buffers_removed: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
 
 
 def reuse(
@@ -84,7 +89,8 @@ def reuse(
     parameters = {path for path in gone if isinstance(before[path], torch.nn.Parameter)}
     removed |= {path: tensor.numel() for path, tensor in before.items() if path in parameters}
     buffers = tuple(sorted(gone - parameters - program.non_persistent))
-    return Reuse(program, with_added(with_removed(decisions, removed), added), removed, added, buffers)
+    notes = tuple(still_computed(program, followers))
+    return Reuse(program, with_added(with_removed(decisions, removed), added), removed, added, buffers, notes)
 
 
 def _choose(

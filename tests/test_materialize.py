@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 import fxreuse
@@ -182,23 +183,41 @@ def test_only_equal_pure_readers_are_merged() -> None:
 class CastToQueries(torch.nn.Module):
     """A soft-capped attention whose map is computed in float32 and cast back to the dtype of its queries."""
 
-    def __init__(self) -> None:
+    def __init__(self, capped: bool) -> None:
         super().__init__()
         self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.capped = capped
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        scores = torch.tanh(q @ k.transpose(-1, -2))
+        scores = q @ k.transpose(-1, -2)
+        scores = torch.tanh(scores) if self.capped else scores
         attention_map = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
         return x + (attention_map @ v).transpose(1, 2).flatten(2)
 
 
-def test_a_cast_to_the_dtype_of_queries_keeps_no_queries_alive() -> None:
-    model = torch.nn.Sequential(*(CastToQueries() for _ in range(3))).eval()
-    small = fxreuse.apply(model, "3x1 lowering=materialize", torch.randn(2, 5, 8))
+@pytest.mark.parametrize("lowering", ["materialize", "recompute"])
+def test_a_cast_to_the_dtype_of_queries_keeps_no_queries_alive(lowering: str) -> None:
+    model = torch.nn.Sequential(*(CastToQueries(capped=lowering == "materialize") for _ in range(3))).eval()
+    small = fxreuse.apply(model, f"3x1 lowering={lowering}", torch.randn(2, 5, 8))
     names = {name for name, _ in small.named_parameters()}
     assert {name for name in names if not name.startswith("0.")} == {
         f"{i}.v.{n}" for i in (1, 2) for n in ("weight", "bias")
     }
     half = small.to(torch.bfloat16)
     assert half(torch.randn(2, 5, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def gated(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+    """The context is weighed by the queries, too."""
+    return F.scaled_dot_product_attention(q, k, v) * torch.sigmoid(q)
+
+
+@pytest.mark.parametrize("lowering", ["materialize", "recompute"])
+def test_names_queries_that_something_else_reads(lowering: str) -> None:
+    model = Model(gated).eval()
+    record = fxreuse.describe(fxreuse.apply(model, f"2x2 lowering={lowering}", inputs(None)[0].float()))
+    assert [(note.where, note.text) for note in record.notes if note.kind == "cost"] == [
+        (f"layers.{i}", f"its queries are still computed: read by aten.sigmoid.default in layers.{i}") for i in (1, 3)
+    ]
+    assert {name for name in record.removed} == {f"layers.{i}.k.{n}" for i in (1, 3) for n in ("weight", "bias")}

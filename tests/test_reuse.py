@@ -168,6 +168,7 @@ def test_removes_what_the_reference_does_not_use(reused: Reused) -> None:
     total = sum(p.numel() for p in originals.values()) - sum(p.numel() for p in remaining.values())
     assert total > 0
     assert reused.record.parameters_removed - reused.record.parameters_added == total
+    assert not [note for note in reused.record.notes if note.kind == "cost"]
 
 
 def test_shares_the_parameters_that_it_keeps(reused: Reused) -> None:
