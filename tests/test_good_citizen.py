@@ -32,10 +32,17 @@ def encoder() -> nn.Module:
     return randomise(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
 
 
-@pytest.fixture(scope="module", params=["materialize", "recompute"])
+PLANS = {
+    "materialize": "2x* lowering=materialize",
+    "recompute": "2x* lowering=recompute",
+    "widened": "2(H4)x* values=2 ffn=40 lowering=recompute",
+}
+
+
+@pytest.fixture(scope="module", params=list(PLANS.values()), ids=list(PLANS))
 def made(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
-    return fxreuse.apply(encoder(), f"2x* lowering={request.param}", torch.randn(2, 5, 16))
+    return fxreuse.apply(encoder(), request.param, torch.randn(2, 5, 16))
 
 
 @pytest.fixture
