@@ -3,6 +3,19 @@
 from .count import Counts, count
 from .macs import formula, macs_of
 from .maps import AttentionMap
+from .operations import Access, Operation, operations
 from .summary import Numbers, Summary, summarise
 
-__all__ = ["AttentionMap", "Counts", "Numbers", "Summary", "count", "formula", "macs_of", "summarise"]
+__all__ = [
+    "Access",
+    "AttentionMap",
+    "Counts",
+    "Numbers",
+    "Operation",
+    "Summary",
+    "count",
+    "formula",
+    "macs_of",
+    "operations",
+    "summarise",
+]
