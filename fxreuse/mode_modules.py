@@ -40,6 +40,10 @@ def _(x: torch.Tensor, path: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+#: What a marked call is in a graph.
+MARKER = torch.ops.fxreuse.mode_module.default
+
+
 def mode_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The modules without children whose behaviour depends on train and eval mode, by path (the first, if several).
 

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import fx
 
+from fxreuse.mode_modules import MARKER
 from fxreuse.modules import DropoutProbability
 from fxreuse.nodes import call, inserting_before, is_call, replace
 from fxreuse.program import Program, module_path
@@ -14,7 +15,6 @@ from fxreuse.tree import free_path, own_copy, place
 
 from .steps import Pass
 
-_MARKER = torch.ops.fxreuse.mode_module.default
 _DROPOUT = (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default)
 _FUSED = torch.ops.aten.scaled_dot_product_attention.default
 _SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
@@ -28,7 +28,7 @@ def restore_modules(program: Program) -> None:
     buffers with the original, so that the two can be in different modes.
     """
     for node in list(program.graph.nodes):
-        if not is_call(node, _MARKER):
+        if not is_call(node, MARKER):
             continue
         value, path = node.args
         place(program.module, path, own_copy(program.mode_modules[path]))
