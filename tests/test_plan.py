@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ from fxreuse.groups_text import parse_groups
 from fxreuse.plan import Plan, Reuse
 from fxreuse.plan_options import DTYPES, Match
 from fxreuse.stack_choice import choose_stack
+
+from .running import apply_module
 
 FORMS = (
     "4x4 or 4by4 (4 layers a group, 4 groups), 2x* (to the end of the stack), 4+4+8 (sizes of groups), "
@@ -518,7 +521,9 @@ def test_no_stack_or_several(text: str, stacks: dict[str, int], message: str) ->
 DOCUMENT = Path(__file__).parents[1] / "docs" / "plans.md"
 
 
-def test_examples_of_the_document() -> None:
+def test_examples_of_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its one model is captured once, and not for every plan."""
+    monkeypatch.setattr(apply_module, "load_program", functools.cache(apply_module.load_program))
     failed, attempted = doctest.testfile(str(DOCUMENT), module_relative=False, encoding="utf-8")
     assert attempted > 5
     assert failed == 0
