@@ -19,11 +19,10 @@ from .arrangement import ROWS, Arrangement, arrange, fits
 from .attention import AttentionSite
 from .contractions import Contraction, contraction
 from .errors import UnsupportedError
-from .find import source_line
 from .flow import FUSED
 from .follow import aten, packet
 from .nodes import is_call
-from .program import Program
+from .program import Program, source_line
 from .projections import Projection, hints, is_move, is_unary, read_projection, run
 
 #: Elementwise operators of two tensors after which every channel is still at its place.

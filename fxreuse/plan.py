@@ -101,11 +101,13 @@ class Plan:
         """Read a plan.
 
         Raises:
-            PlanError: the text is not a plan; the message names the term and where it stands.
+            PlanError: it is no text, or the text is not a plan; the message names the term and where it stands.
 
         >>> Plan.parse("2by6 values=2").passes[0].groups
         Uniform(size=2, count=6, sign='by', heads=None)
         """
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is read from a string such as '4x4', found {type(text).__name__}; {_known()}")
         terms = [_Term(match[0], match.start() + 1, text) for match in re.finditer(r"\||[^\s|]+", text)]
         if not terms:
             raise PlanError(f"plan {text!r} is empty; {_known()}")

@@ -14,9 +14,9 @@ from fxreuse.addends import constant
 from fxreuse.attention import AttentionSite
 from fxreuse.axes import Layout, Part, sizes, start
 from fxreuse.errors import UnsupportedError
-from fxreuse.find import source_line
 from fxreuse.flow import Flow
 from fxreuse.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
+from fxreuse.program import source_line
 from fxreuse.scores import Scores, find_scores
 from fxreuse.softmaxes import softmax_of
 

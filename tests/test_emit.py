@@ -18,6 +18,7 @@ from fxreuse.frontend import load_program
 from fxreuse.passes.fold_modules import fold_modules
 from fxreuse.program import Program, module_path
 from fxreuse.record import Record
+from fxreuse.reference import MapSharing
 
 from .architectures import randomise
 from .captures import captured
@@ -318,6 +319,36 @@ def test_a_layer_with_something_between_its_parts_stays_flat() -> None:
     assert "layers.1" not in calls(small)
     assert {"layers.0", "layers.2", "layers.1.q"} <= calls(small).keys()
     assert_same(small(x), model(x))
+
+
+class Tabled(Attention):
+    """Attention with a bias from a table of its own, whose index is written in place (as BEiT does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = torch.zeros(5, 5, dtype=torch.long, device=x.device)
+        index[1:, 1:] = 1
+        index[0, 2:] += 2
+        index[3:, 0].fill_(3)
+        q, k, v = (self.split(project(x)).transpose(1, 2) for project in (self.q, self.k, self.v))
+        bias = self.table[index.view(-1)].view(5, 5, 2).permute(2, 0, 1)
+        return x + ((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("lowering", ["materialize", "recompute"])
+def test_a_shared_table_is_written_before_it_is_read(lowering: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Tabled(), Tabled(), Tabled()).double().eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    small = fxreuse.apply(model, f"3x1 lowering={lowering}", x)
+    assert outline_notes(small) == {}
+    with MapSharing(model, {("1", 0): ("0", 0), ("2", 0): ("0", 0)}):
+        expected = model(x)
+    torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-12)
 
 
 def test_nothing_is_noted_where_every_layer_is_outlined(stored: tuple) -> None:

@@ -9,9 +9,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fxreuse
 from fxreuse.errors import PlanError
 from fxreuse.groups import Groups, Leaders, Open, Pattern, Run, Sizes, Uniform, fitting
 from fxreuse.groups_text import parse_groups
@@ -224,6 +226,15 @@ def test_of_takes_plans_and_text() -> None:
     assert Plan.of("4x4") == plan
     with pytest.raises(PlanError, match=r"^a plan is a string such as '4x4' or a fxreuse\.Plan, found list$"):
         Plan.of(["4x4"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [None, 4, b"4x4", ["4x4"]], ids=repr)
+def test_a_plan_is_read_from_text(value: object) -> None:
+    kind = type(value).__name__
+    with pytest.raises(PlanError, match=rf"^a plan is read from a string such as '4x4', found {kind}; write groups"):
+        Plan.parse(value)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=f"found {kind}$"):
+        fxreuse.apply(torch.nn.Linear(2, 2), value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
