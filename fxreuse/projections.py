@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from .contractions import Contraction, contraction, is_convolution
+from .errors import UnsupportedError
 from .follow import SAME_VALUE, arguments, aten, is_same_value, packet
 from .index_tables import constant_tensor
 from .nodes import evaluate, inserting_before, replace
@@ -297,8 +298,14 @@ def run(node: fx.Node, value: Any) -> Any:
 
 
 def hint(size: Any) -> int:
-    """A size as it is with the example inputs."""
+    """A size as it is with the example inputs.
+
+    Raises:
+        UnsupportedError: where it is made from the values of a tensor, so that it is known at a call only.
+    """
     number = fixed_size(size)
+    if number is None and size.node.hint is None:
+        raise UnsupportedError(f"The size {size} is made from values, and so not known before the model runs.")
     return int(size.node.hint) if number is None else number
 
 
