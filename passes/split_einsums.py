@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -13,7 +15,8 @@ from fxreuse.program import Program
 
 from .steps import Pass
 
-_EINSUM = torch.ops.aten.einsum.default
+_aten = torch.ops.aten
+_EINSUM = _aten.einsum.default
 
 
 @Pass
@@ -22,8 +25,9 @@ def split_einsums(program: Program) -> None:
 
     Exact tier. Sound because a sum over several axes may be taken one axis after the other. It is done where the two
     values are summed over an axis that no weight has, as the keys are: that sum has to be taken in any order, and first
-    is where it leaves least. So a map meets its values in a product of its own, as a fused attention computes it, and
-    the weight that reads the attention is a projection like any other.
+    is where it leaves least. A weight over whose axes nothing is summed is a factor. So a map meets its values in a
+    product of its own, as a fused attention computes it, and the weight that reads the attention is a projection like
+    any other.
     """
     for node in list(program.graph.nodes):
         if is_call(node, _EINSUM):
@@ -45,9 +49,25 @@ def _split(node: fx.Node) -> None:
     made, have = tensors[order[0]], terms[order[0]]
     with inserting_before(node) as insert:
         for index, place in enumerate(order[1:], 2):
+            term, tensor = terms[place], tensors[place]
             wanted = set("".join((*(terms[other] for other in order[index:]), result)))
-            last = index == len(order)
-            after = result if last else "".join(dict.fromkeys(c for c in have + terms[place] if c in wanted))
-            made = insert(_EINSUM, f"{have},{terms[place]}->{after}", [made, tensors[place]])
+            after = result if index == len(order) else "".join(dict.fromkeys(c for c in have + term if c in wanted))
+            if index > 2 and set(term) <= set(have) == set(after):
+                made = _weighted(insert, made, have, tensor, term)
+                if have != after:
+                    made = insert(_aten.permute.default, made, [have.index(label) for label in after])
+            else:
+                made = insert(_EINSUM, f"{have},{term}->{after}", [made, tensor])
             have = after
     replace(node, made)
+
+
+def _weighted(insert: Callable[..., fx.Node], node: fx.Node, labels: str, weight: fx.Node, own: str) -> fx.Node:
+    """A value times a weight over some of its axes, none of which is summed over."""
+    if list(own) != sorted(own, key=labels.index):
+        weight = insert(_aten.permute.default, weight, [own.index(label) for label in sorted(own, key=labels.index)])
+    first = min(map(labels.index, own), default=len(labels))
+    for place, label in enumerate(labels[first:]):
+        if label not in own:
+            weight = insert(_aten.unsqueeze.default, weight, place)
+    return insert(_aten.mul.Tensor, node, weight)

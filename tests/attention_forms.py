@@ -334,7 +334,9 @@ def exponentials_less_a_logarithm(layer: Layer, q: Tensor, k: Tensor, v: Tensor,
 
 @form
 def einsum_with_weights_of_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    """The context is mixed over heads in the einsum that makes it."""
-    weights = product(q, k).masked_fill(padding[:, None, None], -torch.inf).softmax(-1)
+    """Scores are weighted by head in the einsum that makes them, and the context is mixed over heads in its own."""
+    query, key = (part.unflatten(-1, (HEADS, WIDTH)) for part in (q, k))
+    scores = torch.einsum("bqhc,h,bkhc->bkhq", query, layer.temperature[:, 0, 0], key).permute(0, 2, 3, 1)
+    weights = scores.masked_fill(padding[:, None, None], -torch.inf).softmax(-1)
     mixing = layer.past[:HEADS, :HEADS]
     return torch.einsum("bhqk,bhkc,hg->bqgc", weights, heads(v), mixing).flatten(2)
