@@ -109,7 +109,7 @@ def _brief(row: Row, result: dict[str, Any]) -> str:
 
 
 def _write(data: dict[str, Any]) -> None:
-    data["rows"] = {row.name: data["rows"][row.name] for row in ROWS if row.name in data["rows"]}
+    data["rows"] = {row.name: {**data["rows"][row.name], **row.known} for row in ROWS if row.name in data["rows"]}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 

@@ -148,14 +148,14 @@ def images(model: torch.nn.Module, side: int = 32, name: str = "pixel_values", *
     return Built(model, *({name: torch.randn(batch, 3, side, side), **more} for batch in (2, 3)))
 
 
-def samples(model: torch.nn.Module, name: str = "input_values", padded: bool = True) -> Built:
-    """A model of audio samples, called at 2×230 and 3×301, the last row padded."""
+def samples(model: torch.nn.Module, name: str = "input_values", padded: bool = True, longer: int = 301) -> Built:
+    """A model of audio samples, called at 2×230 and at 3×301 or a length of its own, the last row padded."""
 
     def call(batch: int, length: int) -> dict[str, Any]:
         mask = {"attention_mask": padding(batch, length)} if padded else {}
         return {name: torch.randn(batch, length), **mask}
 
-    return Built(model, call(2, 230), call(3, 301))
+    return Built(model, call(2, 230), call(3, longer))
 
 
 def states(model: torch.nn.Module, width: int = 16) -> Built:

@@ -35,6 +35,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "The fused operator multiplies the softmax itself with the values; here weak entries are suppressed, rows do "
         "not sum to 1, or heads are mixed, in between.",
     ),
+    "dropout of its own kind": (
+        r"lowering=recompute cannot express what \w+ does to the map",
+        "In training a module of the model's own works on the map, and the fused operator has a plain dropout.",
+    ),
     "map of a fused leader returned": (
         r"lowering=recompute does not compute the map of a fused leader, but the model also returns this one",
         "A follower's map is an output of the model, and its leader's is inside a fused operator.",
