@@ -56,7 +56,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     inputs = normalise(model, example_inputs)
     with untouched(model), eval_mode(model), caches_off(model):
         facts = probe(model, inputs.args, inputs.kwargs)
-        with marked(model) as modules:
+        with untouched(model), marked(model) as modules:  # what a forward leaves in a module has free sizes here
             program, how = _trace(model, inputs)
         dtype_notes = mark_dtypes(program, model, inputs)
     program.notes = (*_size_notes(program, how), *dtype_notes, *facts.lost)

@@ -345,7 +345,24 @@ class NormedContext(Refused):
 
 class ReadTwice(Refused):
     def after(self, y: torch.Tensor) -> torch.Tensor:
-        return self.q(y) + y
+        return self.q(y) * y
+
+
+class Residual(Refused):
+    """What the last projection reads are not the channels of the attention alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (self.split(p(x)).transpose(1, 2) for p in (self.q, self.k, self.values))
+        return self.out(x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class ReadElsewhere(Refused):
+    """The channels go into a projection and, as they are, to what the model returns."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        q, k, v = (self.split(p(x)).transpose(1, 2) for p in (self.q, self.k, self.values))
+        context = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.out(context), context.relu()
 
 
 @pytest.mark.parametrize(
@@ -357,6 +374,8 @@ class ReadTwice(Refused):
         (TwoProjections, value_layout, "combines several projections"),
         (NormedContext, output_layout, "normalises channels"),
         (ReadTwice, output_layout, "is read by 2 projections"),
+        (Residual, output_layout, "add.* as a residual connection does"),
+        (ReadElsewhere, output_layout, "relu.* is neither a move nor elementwise"),
     ],
 )
 def test_the_reason_is_named(module: type[nn.Module], infer: Callable[..., WeightLayout], reason: str) -> None:

@@ -176,7 +176,13 @@ def read_for_its_sizes(self: Body, x: torch.Tensor) -> torch.Tensor:
     return h.masked_fill_(mask, 2.0) * 3
 
 
-@pytest.mark.parametrize("forward", [chain, read_before_and_after, read_for_its_sizes])
+def on_the_only_view(self: Body, x: torch.Tensor) -> torch.Tensor:
+    turned = self.linear(x).reshape(x.shape[0], -1, 2, 3).transpose(1, 2)
+    turned /= 3.0
+    return turned
+
+
+@pytest.mark.parametrize("forward", [chain, read_before_and_after, read_for_its_sizes, on_the_only_view])
 def test_in_place_on_a_fresh_value_becomes_functional(forward: Forward) -> None:
     model, program = load(forward)
     assert not any(target.partition(".")[0].endswith("_") for target in targets(program))
