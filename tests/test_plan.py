@@ -316,7 +316,7 @@ def test_of_takes_plans_and_text() -> None:
         (
             "4x4 ffn=match:",
             "plan '4x4 ffn=match:', 'ffn=match:' at character 5: neither a pass nor groups; "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
         (
             "4x4 dtype=bfloat16",
@@ -353,12 +353,12 @@ def test_of_takes_plans_and_text() -> None:
         (
             "prune",
             "plan 'prune', 'prune' at character 1: neither a pass nor groups; "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
         (
             "4X4",
             "plan '4X4', '4X4' at character 1: neither a pass nor groups (did you mean 4x4?); "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
     ],
 )
