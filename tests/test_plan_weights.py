@@ -64,7 +64,8 @@ def test_forms(text, step):
         ("residual k=3", f"plan 'residual k=3', 'residual' at character 1: r= is missing after it; {RESIDUAL}"),
         (
             "share k=0",
-            "plan 'share k=0', 'k=0' at character 7: k= is the number of layers that share a weight, 1 or more, found 0",
+            "plan 'share k=0', 'k=0' at character 7: k= is the number of layers that share a weight, 1 or more, "
+            "found 0",
         ),
         (
             "residual k=2 r=-1",
