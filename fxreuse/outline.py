@@ -69,6 +69,14 @@ def find_regions(graph: fx.Graph, layer_paths: Iterable[str]) -> tuple[list[Regi
     return usable, refused
 
 
+def layer_nodes(graph: fx.Graph, layer_paths: Iterable[str]) -> dict[str, list[fx.Node]]:
+    """The nodes of each layer call, in graph order, without what several layers read and no input's values feed."""
+    wanted = list(dict.fromkeys(layer_paths))
+    regions = _collect(graph, set(wanted))
+    _hoist_shared(graph, regions)
+    return {path: regions[path].nodes if path in regions else [] for path in wanted}
+
+
 def _collect(graph: fx.Graph, wanted: set[str]) -> dict[str, Region]:
     regions: dict[str, Region] = {}
     for node in graph.nodes:

@@ -330,7 +330,7 @@ def test_a_plan_is_read_from_text(value: object) -> None:
         (
             "4x4 ffn=match:",
             "plan '4x4 ffn=match:', 'ffn=match:' at character 5: neither a pass nor groups; "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
         (
             "4x4 dtype=bfloat16",
@@ -367,12 +367,12 @@ def test_a_plan_is_read_from_text(value: object) -> None:
         (
             "prune",
             "plan 'prune', 'prune' at character 1: neither a pass nor groups; "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
         (
             "4X4",
             "plan '4X4', '4X4' at character 1: neither a pass nor groups (did you mean 4x4?); "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
     ],
 )
