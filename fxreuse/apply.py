@@ -18,6 +18,7 @@ from .lay_plan import lay_plan
 from .leaves import example_leaves
 from .passes.fold_modules import fold_modules
 from .plan import Plan, Reuse
+from .program import Program
 from .record import Record
 from .rewritten import Rewritten
 from .target import captured_inputs, replace_submodule
@@ -73,13 +74,22 @@ def apply(
 
 def _apply(model: torch.nn.Module | ExportedProgram, plan: Plan, example_inputs: Any, copy: bool) -> Rewritten:
     program = load_program(model, example_inputs)
-    rewritten = rewrite(program, find(program), plan, model)
+    rewritten = rewrite(program, find(program), plan, model, example_inputs)
     warn_of_losses(rewritten.record)
     return copying.deepcopy(rewritten) if copy else rewritten
 
 
-def rewrite(program: Program, sites: AttentionSites, plan: Plan, model: torch.nn.Module | ExportedProgram) -> Rewritten:
-    """What `apply` makes of a captured program whose attentions were found; ``model`` only says which modes it has."""
+def rewrite(
+    program: Program,
+    sites: AttentionSites,
+    plan: Plan,
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+) -> Rewritten:
+    """What `apply` makes of a captured program whose attentions were found.
+
+    ``model`` says which modes it has; it and the example inputs are run where weights are fitted to it.
+    """
     if not len(sites):
         reasons = "; ".join(f"{r.path or 'the model'}: {r.reason}" for r in sites.rejected[:5])
         raise UnsupportedError(

@@ -73,7 +73,7 @@ def layer_nodes(graph: fx.Graph, layer_paths: Iterable[str]) -> dict[str, list[f
     """The nodes of each layer call, in graph order, without what several layers read and no input's values feed."""
     wanted = list(dict.fromkeys(layer_paths))
     regions = _collect(graph, set(wanted))
-    _hoist_shared(graph, regions)
+    _hoist_shared(graph, regions, memory_order(graph))
     return {path: regions[path].nodes if path in regions else [] for path in wanted}
 
 

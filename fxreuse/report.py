@@ -81,7 +81,7 @@ def report(
     before = summarise(program, shapes, parts=parts, model=original)
     after, record = before, None
     if parsed is not None:
-        small = rewrite(program, sites, parsed, model)
+        small = rewrite(program, sites, parsed, model, example_inputs)
         record = small.record
         followers = [decision.site for decision in record.decisions if decision.action == "follow"]
         after = summarise(small.program, shapes, parts=parts.following(followers), model=small)
