@@ -62,7 +62,7 @@ def report(
     >>> import torch, fxreuse
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-    >>> found = fxreuse.report(model, "2x2", torch.randn(1, 5, 16))
+    >>> found = fxreuse.report(model, "2x2 lowering=materialize", torch.randn(1, 5, 16))
     >>> print(found.before.macs)
     128*B*T**2 + 8192*B*T
     >>> print(found.after.macs)
