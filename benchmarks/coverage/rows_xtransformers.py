@@ -62,7 +62,7 @@ ROWS = (
         "x-transformers encoder, talking heads",
         _tokens("Encoder", attn_pre_talking_heads=True, attn_post_talking_heads=True),
         note=MASKED,
-        refused={"recompute": "heads mixed before the softmax"},
+        refused={"recompute": "map changed after the softmax"},
     ),
     _row("x-transformers encoder, value width", _tokens("Encoder", attn_value_dim_head=12), note=MASKED),
     _row("x-transformers encoder, memory keys", _tokens("Encoder", attn_num_mem_kv=4), note=MASKED),
