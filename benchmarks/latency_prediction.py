@@ -67,7 +67,10 @@ def hubert() -> Case:
     import transformers
 
     def build() -> nn.Module:
-        return transformers.HubertModel(transformers.HubertConfig())
+        model = transformers.HubertModel(transformers.HubertConfig())
+        convolution = model.encoder.pos_conv_embed.conv  # with one weight, as inference wants it; and it can be saved
+        nn.utils.parametrize.remove_parametrizations(convolution, "weight")
+        return model
 
     sizes = tuple({"B": 1, "input_values_1": 16000 * seconds} for seconds in (2, 5, 10))
     example = {"B": 1, "input_values_1": 16000}
@@ -137,7 +140,9 @@ def prepared(name: str) -> dict[str, nn.Module]:
     PREPARED.mkdir(exist_ok=True)
     path = PREPARED / f"{name}.pt"
     if not path.exists():
-        torch.save(variants(CASES[name]()), path)
+        part = path.with_suffix(".part")
+        torch.save(variants(CASES[name]()), part)
+        part.replace(path)
     return torch.load(path, weights_only=False)
 
 
