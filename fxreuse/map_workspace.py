@@ -20,12 +20,13 @@ import weakref
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 _aten = torch.ops.aten
 
 # The C library keeps smaller blocks, and faults nothing in anew.
-_SMALLEST = 2**20
+SMALLEST = 2**20
 # Scores that are stored in another dtype are computed this many bytes at a time: they stay in cache.
 _CHUNK = 2**22
 
@@ -83,7 +84,8 @@ class _Pool:
 
 
 # Enough for a decoder's self- and cross-attention in two threads.
-_POOL = _Pool(idle_blocks=4)
+IDLE_BLOCKS = 4
+_POOL = _Pool(idle_blocks=IDLE_BLOCKS)
 os.register_at_fork(after_in_child=_POOL.renew_lock)
 
 
@@ -158,7 +160,7 @@ def _is_plain_inference(query: torch.Tensor, key: torch.Tensor, mask: torch.Tens
         return False
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return forward_ad._current_level < 0 and all(type(tensor) is torch.Tensor for tensor in given)
+    return forward_ad._current_level < 0 and all(type(tensor) in (torch.Tensor, FakeTensor) for tensor in given)
 
 
 def _upper_triangle(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -215,7 +217,7 @@ def _softmax_of_product(scores: torch.Tensor, left: torch.Tensor, right: torch.T
 
 def _lend(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     count = shape.numel()
-    if count * dtype.itemsize < _SMALLEST:
+    if count * dtype.itemsize < SMALLEST:
         return torch.empty(shape, dtype=dtype)
     return _POOL.lend(count, dtype).view(shape)
 

@@ -24,7 +24,7 @@ from fxreuse.map_workspace import attention_map
 
 OPERATOR = torch.ops.fxreuse.map_in_workspace.default
 BATCH, HEADS, QUERIES, KEYS, WIDTH = 2, 3, 4, 5, 6
-LARGE = 1 + int(map_workspace._SMALLEST // 4) // 512  # queries against 512 keys in float32 that make a map of the pool
+LARGE = 1 + int(map_workspace.SMALLEST // 4) // 512  # queries against 512 keys in float32 that make a map of the pool
 
 Mask = Callable[[], torch.Tensor | None]
 

@@ -1,0 +1,230 @@
+"""Peak activation memory: every storage followed from the operator that makes it to the last reference to it.
+
+A model is run with fake tensors, which have sizes and no data, so that views, work in place, what a caller's variables
+keep alive and what autograd saves are as they are in the real run. What a CPU kernel allocates for itself, which is on
+no graph, comes from the formulas at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import map_workspace
+
+_ATEN = torch.ops.aten
+# Of the fused attention on a CPU: from how many queries on it takes how many at a time, and how many keys.
+_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
+_KEY_BLOCK = 512
+# Of convolutions on a CPU: the batch from which on one of a single tap goes to oneDNN; the elements of an input, and
+# the width of a kernel, above which one does; and the channels of an image that oneDNN takes as it is.
+_MANY, _UNFOLDED, _LARGE_KERNEL, _FEW_CHANNELS = 16, 20480, 3, 3
+
+
+def peak_bytes(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False
+) -> int:
+    """The most bytes of tensors that a call holds at a time, above parameters, buffers and inputs.
+
+    On a CPU, eager; on accelerators kernels keep other things for themselves. Nothing is computed, and no weight or
+    result takes memory.
+
+    Arguments:
+        model: any module, also on the meta device. Its tensors are stood in for while it runs.
+        args: positional arguments; of tensors only the sizes and dtypes count.
+        kwargs: keyword arguments.
+        training: forward and backward in training mode, with the gradients of all parameters, which are there at the
+            end; else the forward of evaluation mode without gradients.
+
+    Returns:
+        Bytes. The outputs count; of a training step, so do the gradients.
+
+    >>> peak_bytes(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)), (torch.ones(2, 8),), {})
+    192
+    """
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes:
+        names = [*model.named_parameters(), *model.named_buffers()]
+        tensors = {name: _stand_in(tensor) for name, tensor in names}
+        given = pytree.tree_map_only(torch.Tensor, _stand_in, (args, dict(kwargs)))
+    liveness = _Liveness(fakes)
+    with _mode(model, training), torch.set_grad_enabled(training), fakes, liveness:
+        result = torch.func.functional_call(model, tensors, *given, strict=False)
+        if training:
+            _backward(result)
+        del result
+    return liveness.peak
+
+
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor on the CPU of the same layout."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return made.requires_grad_() if tensor.requires_grad else made
+
+
+def _backward(result: Any) -> None:
+    outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    sum(output.sum() for output in outputs).backward()
+
+
+@contextlib.contextmanager
+def _mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """All modules in one mode for the time being."""
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+class _Liveness(TorchDispatchMode):
+    """Sums the bytes of all storages that operators have made and that something still refers to."""
+
+    def __init__(self, fakes: FakeTensorMode) -> None:
+        super().__init__()
+        self._fakes = fakes
+        self._known: set[int] = set()
+        self._workspace = _Workspace()
+        self._held = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._outside, (args, dict(kwargs or {})))
+        if func is _ATEN.rand.default and not args[0]:
+            return torch.tensor(1.0)  # LayerDrop draws it, and keeps the layer
+        result = func(*args, **kwargs)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf.untyped_storage(), func is torch.ops.fxreuse.map_in_workspace.default)
+        self.peak = max(self.peak, self._held + self._workspace.bytes + temporary_bytes(func, args, result))
+        return result
+
+    def _outside(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An operand as a fake tensor; one that no operator has made was there before, and does not count."""
+        fake = tensor if isinstance(tensor, FakeTensor) else self._fakes.from_tensor(tensor)
+        storage = fake.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            weakref.finalize(storage, self._known.discard, storage._cdata)
+        return fake
+
+    def _follow(self, storage: torch.UntypedStorage, workspace: bool) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        if workspace and size >= _Workspace.SMALLEST:
+            weakref.finalize(storage, self._give_back, key, self._workspace.lend(size))
+        else:
+            self._held += size
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._held -= size
+
+    def _give_back(self, key: int, block: int) -> None:
+        self._known.discard(key)
+        self._workspace.take_back(block)
+
+
+class _Workspace:
+    """The blocks that attention maps are written into, as `fxreuse.map_workspace` keeps them."""
+
+    SMALLEST = map_workspace.SMALLEST
+    IDLE = map_workspace.IDLE_BLOCKS
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._idle: list[int] = []
+
+    def lend(self, size: int) -> int:
+        """The size of the block that a map of this size gets."""
+        block = min((idle for idle in self._idle if idle >= size), default=None)
+        if block is None:
+            self.bytes += size - sum(self._idle)
+            self._idle = []
+            return size
+        self._idle.remove(block)
+        return block
+
+    def take_back(self, block: int) -> None:
+        """A map is not used any more."""
+        self._idle.append(block)
+        self.bytes -= sum(self._idle[: -self.IDLE])
+        self._idle = self._idle[-self.IDLE :]
+
+
+def temporary_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:
+    """What the CPU kernel of an operator allocates beside its result, as far as it is of any size.
+
+    The fused attention has a block of scores, and of results, for each thread (``FlashAttentionKernel.cpp`` of torch).
+    A stored map has the scaled query beside it, and query or key once more where their layout is not that of a batch of
+    matrices. The backward of a convolution has its input and the gradient of its result in blocks of channels; what
+    else oneDNN keeps for a grouped one is not counted.
+    """
+    if func is _ATEN.convolution.default:
+        return _convolution_bytes(args, result)
+    if func is _ATEN.convolution_backward.default:
+        return _bytes(args[0]) + _bytes(args[1])
+    if func is _ATEN._scaled_dot_product_flash_attention_for_cpu.default:
+        return _flash_bytes(args[0], args[1])
+    if func is torch.ops.fxreuse.map_in_workspace.default:
+        query, key = args[:2]
+        copies = [0 if _is_batch(operand) else _bytes(operand) for operand in (query, key)]
+        return _bytes(query) + max(copies)
+    return 0
+
+
+def _convolution_bytes(args: tuple[Any, ...], result: torch.Tensor) -> int:
+    """What a convolution allocates beside its result.
+
+    oneDNN lays input, weight and result out in blocks of channels: first the copies of the former two are there, then
+    the result twice; an image of few channels stays as it is. Small convolutions unfold their input into columns, and
+    those of one tap do nothing of the kind on one thread (``ConvParams::use_mkldnn`` of torch).
+    """
+    data, weight, _, stride, _, dilation = args[:6]
+    copied = 0 if data.is_contiguous() else _bytes(data)
+    taps = weight.shape[2:].numel()
+    plain = taps == 1 and set(stride) == set(dilation) == {1} and data.shape[0] < _MANY
+    if plain and torch.get_num_threads() == 1:
+        return copied
+    wide = weight.ndim > 3 and min(weight.shape[2:]) > _LARGE_KERNEL
+    large = data.shape[0] > 1 or data.numel() > _UNFOLDED or args[8] > 1 or wide
+    if data.dtype == torch.float64 or not large:
+        return copied + result.shape[2:].numel() * data.shape[0] * weight.shape[1] * taps * data.element_size()
+    blocked = _bytes(data) if data.shape[1] > _FEW_CHANNELS else 0
+    return copied + max(blocked + _bytes(weight), _bytes(result))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _flash_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
+    queries, keys, width = query.shape[-2], key.shape[-2], query.shape[-1]
+    block = next(size for longest, size in _QUERY_BLOCKS if queries >= longest)
+    rows = min(block, queries)
+    per_thread = rows * (min(_KEY_BLOCK, keys) + 2 + width)
+    return torch.get_num_threads() * per_thread * max(query.element_size(), 4)
+
+
+def _is_batch(tensor: torch.Tensor) -> bool:
+    """Whether a tensor (…, rows, columns) is a batch of matrices as it lies in memory."""
+    try:
+        tensor.view(-1, *tensor.shape[-2:])
+    except (RuntimeError, ValueError):
+        return False
+    return True
