@@ -19,6 +19,7 @@ from .aliasing import strides, writes_in_place
 from .kinds import kind_of_leaf, kind_of_operator
 from .leaves import leaf_macs
 from .macs import FUSED_ATTENTION, REGIONS, attention_map_shape, macs_of
+from .parts import Parts
 from .sizes import expression, operator_name, product, shape
 from .walk import Step, Value, walk
 
@@ -50,6 +51,7 @@ class Operation:
             outlined layer, whose operators come before it.
         module: the path of the innermost module call that it came from; empty for the outermost module.
         layer: the path of the layer that it is in; empty outside of all layers.
+        part: the part of the model that it belongs to, one of `parts.PARTS`.
         macs: multiply-accumulates that are executed.
         macs_algorithmic: those that the algorithm asks for; fewer where a lowering computes what pruning dropped.
         elements: elements of elementwise work: of the result; of the operand, where a reduction reads more; of the map
@@ -58,7 +60,7 @@ class Operation:
         writes: the tensors that it writes; of storages of their own, except where it works in place.
         dtype: of its first result.
         shapes: the shapes of its tensor operands, parameters included, and last of its first result.
-        node: its node.
+        step: the step of the walk that it is.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Operation:
     kind: str
     module: str
     layer: str
+    part: str
     macs: sympy.Expr
     macs_algorithmic: sympy.Expr
     elements: sympy.Expr
@@ -73,7 +76,7 @@ class Operation:
     writes: tuple[Access, ...]
     dtype: torch.dtype
     shapes: tuple[tuple[sympy.Expr, ...], ...]
-    node: fx.Node = dataclasses.field(repr=False, compare=False)
+    step: Step = dataclasses.field(repr=False, compare=False)
 
     @property
     def view(self) -> bool:
@@ -112,12 +115,12 @@ class Operation:
         )
 
 
-def operations(program: Program, layers: Iterable[str] = ()) -> list[Operation]:
+def operations(program: Program, parts: Parts | None = None) -> list[Operation]:
     """The operators that a program executes, in order, those of outlined layers once per call.
 
     Arguments:
         program: any program, before or after a rewrite.
-        layers: the paths of the layers, such as ``AttentionSite.layer_path``, for `Operation.layer`.
+        parts: the parts of the program that it was captured as, for `Operation.layer` and `Operation.part`.
 
     Raises:
         UnsupportedError: for an operator or a module whose work is not known.
@@ -129,20 +132,21 @@ def operations(program: Program, layers: Iterable[str] = ()) -> list[Operation]:
     aten.linear 0 linear ['input', 'parameter', 'parameter']
     aten.relu 1 elementwise ['activation']
     """
-    return operations_of(walk(program.module), layers)
+    return operations_of(walk(program.module), parts)
 
 
-def operations_of(steps: Iterable[Step], layers: Iterable[str] = ()) -> list[Operation]:
+def operations_of(steps: Iterable[Step], parts: Parts | None = None) -> list[Operation]:
     """As `operations`, of the steps of a program."""
-    return list(_Reader(frozenset(layers)).read(steps))
+    return list(_Reader(parts or Parts()).read(steps))
 
 
 class _Reader:
     """Makes operations of steps; keeps what is in each storage."""
 
-    def __init__(self, layers: frozenset[str]) -> None:
-        self._layers = layers
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._roles: dict[int, str] = {}
+        self._last: dict[str, str] = {}
 
     def read(self, steps: Iterable[Step]) -> Iterator[Operation]:
         for step in steps:
@@ -162,13 +166,15 @@ class _Reader:
         kind = self._kind(step, op, macs, reads, writes)
         if kind in ("view", "call"):
             reads, writes = tuple(dataclasses.replace(access, bytes=sympy.Integer(0)) for access in reads), ()
-        module = module_path(node) or step.path
+        module, layer = module_path(node) or step.path, self._layer(step)
+        part = self._last[layer] = self._parts.of_operator(module, layer, kind, self._last.get(layer))
         return Operation(
             name=node.name,
             op=op,
             kind=kind,
             module=module,
-            layer=self._layer(step),
+            layer=layer,
+            part=part,
             macs=macs,
             macs_algorithmic=sympy.sympify(node.meta.get(ALGORITHMIC, macs)),
             elements=_elements(node, kind),
@@ -176,7 +182,7 @@ class _Reader:
             writes=writes,
             dtype=_tensors(node)[0].dtype,
             shapes=_shapes(step),
-            node=node,
+            step=step,
         )
 
     def _kind(
@@ -230,7 +236,7 @@ class _Reader:
     def _layer(self, step: Step) -> str:
         """The innermost layer that a node is in."""
         calls = [call.removesuffix("@0") for call in (*_prefixes(step.path), *module_stack(step.node))]
-        return next((call for call in reversed(calls) if call in self._layers), "")
+        return next((call for call in reversed(calls) if call in self._parts.layers), "")
 
 
 def _executes(node: fx.Node) -> bool:

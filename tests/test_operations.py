@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fxreuse.cost_model import Operation, operations
 from fxreuse.cost_model.aliasing import is_viewable
+from fxreuse.cost_model.parts import Parts
 from fxreuse.map_workspace import attention_map
 
 from .tracer import Tracer, meta
@@ -177,7 +178,7 @@ class TestLayers:
         x = inner.input(4, 4)
         layer = inner.module(inner(ATEN.mm.default, x, x))
         program = outer.program(outer.call("layer", layer, outer.input(4, 4)))
-        product, call = operations(program, ["layer"])
+        product, call = operations(program, Parts(frozenset({"layer"})))
         assert (product.layer, product.module, call.kind) == ("layer", "layer", "call")
         assert call.bytes == 0
         assert call.reads[0].storage == product.reads[0].storage
