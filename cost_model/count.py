@@ -1,85 +1,137 @@
-"""Parameters, multiply-accumulates and attention-map bytes of a program, as expressions in its sizes."""
+"""Parameters, multiply-accumulates, bytes and attention maps of a program, as expressions in its sizes."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import sympy
+import torch
 
-from ..program import Program, module_path
-from .leaves import leaf_macs
-from .macs import macs_of
+from ..program import Program
+from .backward import backward
 from .maps import AttentionMap, attention_maps
-from .sizes import operator_name
-from .walk import Step, walk
+from .operations import Operation, operations_of
+from .parts import Parts
+from .walk import walk
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """What a program holds and executes, in the symbols of its capture.
 
-    ``params`` counts every Parameter of the module tree once, however many paths it has. ``macs_by_op`` and
-    ``macs_by_module`` part ``macs`` by operator (``aten.linear``) and by the innermost module call
-    (``encoder.layer.3.attention``; empty for the outermost). ``maps`` are the distinct attention maps.
+    ``params`` counts every Parameter of the module tree once, however many paths it has, and ``weights`` has their
+    bytes by dtype. ``params_by_module`` parts them by the module that holds them. ``operations`` is all that is
+    executed, and ``maps`` are the distinct attention maps.
     """
 
     params: int
-    macs: sympy.Expr
-    macs_by_op: Mapping[str, sympy.Expr]
-    macs_by_module: Mapping[str, sympy.Expr]
+    weights: Mapping[torch.dtype, int]
+    params_by_module: Mapping[str, int]
+    operations: tuple[Operation, ...]
     maps: tuple[AttentionMap, ...]
+
+    @property
+    def macs(self) -> sympy.Expr:
+        """The multiply-accumulates of one forward pass."""
+        return total(operation.macs for operation in self.operations)
+
+    @property
+    def macs_algorithmic(self) -> sympy.Expr:
+        """Those that the algorithm asks for: without pruned work that is executed all the same."""
+        return total(operation.macs_algorithmic for operation in self.operations)
+
+    @property
+    def macs_training(self) -> sympy.Expr:
+        """The multiply-accumulates of forward and backward."""
+        return self.macs + total(cost.macs for cost in backward(self.operations))
+
+    @property
+    def bytes_moved(self) -> sympy.Expr:
+        """The bytes that the operators of one forward pass read and write."""
+        return total(operation.bytes for operation in self.operations)
+
+    @property
+    def bytes_training(self) -> sympy.Expr:
+        """The bytes that the operators of forward and backward read and write."""
+        return self.bytes_moved + total(cost.bytes for cost in backward(self.operations))
+
+    @property
+    def macs_by_op(self) -> dict[str, sympy.Expr]:
+        """The multiply-accumulates by operator (``aten.linear``)."""
+        return self.macs_by(lambda operation: operation.op)
+
+    @property
+    def macs_by_kind(self) -> dict[str, sympy.Expr]:
+        """The multiply-accumulates by kind of operator (see `kinds.KINDS`)."""
+        return self.macs_by(lambda operation: operation.kind)
+
+    @property
+    def macs_by_module(self) -> dict[str, sympy.Expr]:
+        """By the innermost module call (``encoder.layer.3.attention``; empty for the outermost)."""
+        return self.macs_by(lambda operation: operation.module)
+
+    @property
+    def macs_by_layer(self) -> dict[str, sympy.Expr]:
+        """By layer; empty outside of all."""
+        return self.macs_by(lambda operation: operation.layer)
+
+    @property
+    def macs_by_part(self) -> dict[str, sympy.Expr]:
+        """By part of the model (see `parts.PARTS`)."""
+        return self.macs_by(lambda operation: operation.part)
+
+    def macs_by(self, key: Callable[[Operation], str]) -> dict[str, sympy.Expr]:
+        """The multiply-accumulates of the operations with each key, where there are any."""
+        found: defaultdict[str, list[sympy.Expr]] = defaultdict(list)
+        for operation in self.operations:
+            if operation.macs != 0:
+                found[key(operation)].append(operation.macs)
+        return {name: total(macs) for name, macs in found.items()}
 
     @property
     def map_bytes(self) -> sympy.Expr:
         """What the distinct attention maps take together, each written out in full."""
-        return _total(found.bytes for found in self.maps)
+        return total(found.bytes for found in self.maps)
 
-    def replaced(self, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> Counts:
+    def replaced(self, symbols: Mapping[sympy.Expr, sympy.Expr]) -> Counts:
         """The same counts with other symbols."""
-        return Counts(
-            self.params,
-            self.macs.xreplace(symbols),
-            {name: part.xreplace(symbols) for name, part in self.macs_by_op.items()},
-            {path: part.xreplace(symbols) for path, part in self.macs_by_module.items()},
-            tuple(
+        return dataclasses.replace(
+            self,
+            operations=tuple(operation.replaced(symbols) for operation in self.operations),
+            maps=tuple(
                 dataclasses.replace(found, shape=tuple(size.xreplace(symbols) for size in found.shape))
                 for found in self.maps
             ),
         )
 
 
-def count(program: Program) -> Counts:
+def count(program: Program, parts: Parts | None = None) -> Counts:
     """Count a program, outlined layers included.
+
+    Arguments:
+        program: any program, before or after a rewrite.
+        parts: the parts of the program that it was captured as, for `Counts.macs_by_layer` and `Counts.macs_by_part`.
 
     Raises:
         UnsupportedError: for an operator or a module whose work is not known.
     """
     steps = walk(program.module)
-    by_op: defaultdict[str, list[sympy.Expr]] = defaultdict(list)
-    by_module: defaultdict[str, list[sympy.Expr]] = defaultdict(list)
-    for step in steps:
-        name, macs = _work(step)
-        if macs != 0:
-            by_op[name].append(macs)
-            by_module[module_path(step.node) or step.path].append(macs)
-    macs_by_op = {name: _total(parts) for name, parts in by_op.items()}
+    weights: defaultdict[torch.dtype, int] = defaultdict(int)
+    by_module: defaultdict[str, int] = defaultdict(int)
+    for path, parameter in program.module.named_parameters():
+        weights[parameter.dtype] += parameter.numel() * parameter.element_size()
+        by_module[path.rpartition(".")[0]] += parameter.numel()
     return Counts(
-        params=sum(parameter.numel() for parameter in program.module.parameters()),
-        macs=_total(macs_by_op.values()),
-        macs_by_op=macs_by_op,
-        macs_by_module={path: _total(parts) for path, parts in by_module.items()},
+        params=sum(by_module.values()),
+        weights=dict(weights),
+        params_by_module=dict(by_module),
+        operations=tuple(operations_of(steps, parts)),
         maps=tuple(attention_maps(steps)),
     )
 
 
-def _work(step: Step) -> tuple[str, sympy.Expr]:
-    """The operator of a step and its multiply-accumulates."""
-    if step.leaf is not None:
-        return leaf_macs(step.leaf, step.node)
-    return operator_name(step.node), macs_of(step.node)
-
-
-def _total(parts: Iterable[sympy.Expr]) -> sympy.Expr:
+def total(parts: Iterable[sympy.Expr]) -> sympy.Expr:
+    """The sum, multiplied out."""
     return sympy.expand(sympy.Add(*parts))

@@ -22,13 +22,15 @@ class Names:
     ``symbols`` maps the symbols of the capture to readable ones. ``sizes`` has an expression in readable symbols for
     every name that a person may give a size by: each symbol, the name that the capture gave it, every dimension of
     every input (``input_ids_1``), and ``T`` where it is derived from an input's length. ``inputs`` has the shape of
-    every input by name. ``hints`` are the sizes that the capture saw.
+    every input by name. ``hints`` are the sizes that the capture saw. ``derived`` has, where ``T`` follows from an
+    input's length, what ``T`` takes the place of in expressions, as an expression in ``T``.
     """
 
     symbols: Mapping[sympy.Symbol, sympy.Symbol]
     sizes: Mapping[str, sympy.Expr]
     inputs: Mapping[str, tuple[sympy.Expr, ...]]
     hints: Mapping[str, int]
+    derived: Mapping[sympy.Expr, sympy.Expr] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,22 @@ def names_of(program: Program, maps: Sequence[AttentionMap], others: Iterable[sy
         sizes,
         inputs={leaf: tuple(size.xreplace(symbols) for size in shape(node)) for leaf, node in placeholders.items()},
         hints={dimension.name: dimension.hint for dimension in dimensions if dimension.hint is not None},
+        derived=_derived(sizes["T"]) if "T" in sizes else {},
     )
+
+
+def _derived(tokens: sympy.Expr) -> dict[sympy.Expr, sympy.Expr]:
+    """What a length T of the form a·f(…) + c stands for: f(…) as an expression in T.
+
+    >>> s = sympy.Symbol("s", integer=True, positive=True)
+    >>> _derived(sympy.floor(s / 320) - 1)
+    {floor(s/320): T + 1}
+    """
+    constant, rest = tokens.as_coeff_Add()
+    factor, inner = rest.as_coeff_Mul()
+    if inner.is_Symbol or not inner.is_Function:
+        return {}
+    return {inner: (sympy.Symbol("T", integer=True, positive=True) - constant) / factor}
 
 
 def _dimensions(leaf: str, node: fx.Node) -> list[_Dimension]:

@@ -72,6 +72,10 @@ class Parts:
             return self.modules[found]
         return self._attention(layer or found, found)
 
+    def of_layer(self, path: str) -> str:
+        """The part that the parameters of a layer itself count for: its attention, where it has one."""
+        return self._attention(_plain(path), None)
+
     def of_operator(self, path: str, layer: str, kind: str, before: str | None) -> str:
         """The part of an operator.
 

@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import sympy
+import torch
 
 from ..errors import InputError
 from ..program import Program
 from .count import Counts, count
+from .execution import Execution
 from .names import Names, names_of
+from .operations import Operation
+from .parts import Parts
 from .solve import solve
 
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """What a program costs at given sizes. ``sizes`` are the ones that were taken, those derived from others too."""
+    """What a program costs at given sizes. ``sizes`` are the ones that were taken, those derived from others too.
+
+    ``macs`` are executed, ``macs_algorithmic`` leave out pruned work that the lowering executes all the same.
+    ``bytes_moved`` are read and written by operators. ``macs_training`` and ``bytes_training`` are of forward and
+    backward together.
+    """
 
     params: int
+    weight_bytes: int
     macs: int
+    macs_algorithmic: int
+    macs_training: int
     map_bytes: int
+    bytes_moved: int
+    bytes_training: int
     sizes: Mapping[str, int]
+    _peak: Callable[[bool], int] = dataclasses.field(repr=False, compare=False)
+
+    @functools.cached_property
+    def peak_bytes(self) -> int:
+        """The peak activation memory of the forward pass on a CPU: see `memory.peak_bytes`."""
+        return self._peak(False)
+
+    @functools.cached_property
+    def peak_bytes_training(self) -> int:
+        """The peak activation memory of forward and backward in training mode, gradients of parameters included."""
+        return self._peak(True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +55,13 @@ class Summary:
     """What a program costs, as expressions in ``B`` (batch), ``T`` (tokens) and the other free sizes of its inputs.
 
     One multiply-accumulate counts as 1 MAC; contractions are counted as they are executed, elementwise work is not.
+    Where the length of the layers follows from an input's, as frames follow from audio samples, ``T`` is that of the
+    layers; ``relations`` says how.
     """
 
     counts: Counts
     names: Names
+    execution: Execution
     example: Mapping[str, tuple[int, ...]] | None = None
 
     @property
@@ -41,20 +70,71 @@ class Summary:
         return self.counts.params
 
     @property
+    def weights(self) -> Mapping[torch.dtype, int]:
+        """The bytes of the parameters by dtype."""
+        return self.counts.weights
+
+    @property
+    def weight_bytes(self) -> sympy.Expr:
+        """The bytes of all parameters."""
+        return sympy.Integer(sum(self.weights.values()))
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """Everything that is executed, in order."""
+        return self.counts.operations
+
+    @functools.cached_property
     def macs(self) -> sympy.Expr:
         """The multiply-accumulates of one forward pass."""
         return self.counts.macs
 
-    @property
+    @functools.cached_property
+    def macs_algorithmic(self) -> sympy.Expr:
+        """Those that the algorithm asks for: without pruned work that is executed all the same."""
+        return self.counts.macs_algorithmic
+
+    @functools.cached_property
+    def macs_training(self) -> sympy.Expr:
+        """The multiply-accumulates of forward and backward."""
+        return self.counts.macs_training
+
+    @functools.cached_property
     def map_bytes(self) -> sympy.Expr:
         """The bytes of the distinct attention maps, each written out in full."""
         return self.counts.map_bytes
 
-    @property
+    @functools.cached_property
+    def bytes_moved(self) -> sympy.Expr:
+        """The bytes that the operators of one forward pass read and write."""
+        return self.counts.bytes_moved
+
+    @functools.cached_property
+    def bytes_training(self) -> sympy.Expr:
+        """The bytes that the operators of forward and backward read and write."""
+        return self.counts.bytes_training
+
+    @functools.cached_property
     def symbols(self) -> dict[str, sympy.Symbol]:
         """The symbols of the expressions, by name."""
         free = self.macs.free_symbols | self.map_bytes.free_symbols
+        free |= {symbol for shape in self.names.inputs.values() for size in shape for symbol in size.free_symbols}
         return {str(symbol): symbol for symbol in sorted(free, key=str)}
+
+    @property
+    def relations(self) -> dict[str, sympy.Expr]:
+        """How lengths follow from the inputs' sizes, by name."""
+        tokens = self.names.sizes.get("T")
+        return {} if tokens is None or tokens.is_Symbol else {"T": tokens}
+
+    def values(self, **sizes: int) -> dict[sympy.Symbol, int]:
+        """The value of every symbol at sizes by name; see `at`."""
+        for name, size in sizes.items():
+            if name not in self.names.sizes:
+                raise InputError(f"There is no size {name!r} here. The sizes are: {self._sizes_text()}.")
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise InputError(f"The size {name} is {size!r}, but has to be a whole number, 0 or more.")
+        return self._complete(solve((name, self.names.sizes[name], size) for name, size in sizes.items()))
 
     def at(self, **sizes: int) -> Numbers:
         """The numbers at these sizes: ``at(B=1, T=512)``, or by input and dimension, ``at(input_ids_1=512)``.
@@ -63,14 +143,10 @@ class Summary:
         taken; ``.sizes`` of the result says which.
 
         Raises:
-            InputError: for a name that is unknown, a size that is missing, or sizes that contradict each other.
+            InputError: for a name that is unknown, a size that is missing or out of the captured range, or sizes that
+                contradict each other.
         """
-        for name, size in sizes.items():
-            if name not in self.names.sizes:
-                raise InputError(f"There is no size {name!r} here. The sizes are: {self._sizes_text()}.")
-            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-                raise InputError(f"The size {name} is {size!r}, but has to be a whole number, 0 or more.")
-        return self._numbers(solve((name, self.names.sizes[name], size) for name, size in sizes.items()))
+        return self._numbers(self.values(**sizes))
 
     def at_example(self, example_sizes: Mapping[str, tuple[int, ...]] | None = None) -> Numbers:
         """The numbers at the sizes of the example inputs.
@@ -82,9 +158,14 @@ class Summary:
         Raises:
             InputError: for an input that is unknown or has another number of dimensions, or a size that does not fit.
         """
+        return self._numbers(self.values_of_example(example_sizes))
+
+    def values_of_example(self, example_sizes: Mapping[str, tuple[int, ...]] | None = None) -> dict[sympy.Symbol, int]:
+        """The value of every symbol at the sizes of the example inputs; see `at_example`."""
         shapes = self.example if example_sizes is None else example_sizes
         if shapes is None:
-            return self._numbers(solve((name, self.names.sizes[name], size) for name, size in self.names.hints.items()))
+            hints = self.names.hints.items()
+            return self._complete(solve((name, self.names.sizes[name], size) for name, size in hints))
         wanted = []
         for leaf, sizes in shapes.items():
             if leaf not in self.names.inputs:
@@ -94,42 +175,64 @@ class Summary:
                 raise InputError(f"The input {leaf} has {len(expected)} dimensions, but {tuple(sizes)} {len(sizes)}.")
             pairs = zip(expected, sizes, strict=True)
             wanted += [(f"{leaf}, dimension {dim}", *pair) for dim, pair in enumerate(pairs)]
-        return self._numbers(solve(wanted))
+        return self._complete(solve(wanted))
 
-    def _numbers(self, values: Mapping[sympy.Symbol, int]) -> Numbers:
+    def _complete(self, values: dict[sympy.Symbol, int]) -> dict[sympy.Symbol, int]:
+        """The values with those of derived lengths; every symbol has one, and the capture allows them."""
+        numbers = {symbol: sympy.Integer(size) for symbol, size in values.items()}
+        for name, length in self.relations.items():
+            if length.free_symbols <= values.keys() and name in self.symbols:
+                values[self.symbols[name]] = int(length.xreplace(numbers))
         missing = [name for name, symbol in self.symbols.items() if symbol not in values]
         if missing:
             raise InputError(f"The size {missing[0]} is missing. The sizes are: {self._sizes_text()}.")
-        replaced = {symbol: sympy.Integer(size) for symbol, size in values.items()}
-        taken = {name: values[symbol] for name, symbol in self.symbols.items()}
-        tokens = self.names.sizes.get("T")
-        if tokens is not None and tokens.free_symbols <= values.keys():
-            taken["T"] = int(tokens.xreplace(replaced))
+        self.execution.check(self._shapes(values))
+        return values
+
+    def _shapes(self, values: Mapping[sympy.Symbol, int]) -> dict[str, tuple[int, ...]]:
+        numbers = {symbol: sympy.Integer(size) for symbol, size in values.items()}
+        return {leaf: tuple(int(size.xreplace(numbers)) for size in shape) for leaf, shape in self.names.inputs.items()}
+
+    def _numbers(self, values: Mapping[sympy.Symbol, int]) -> Numbers:
+        numbers = {symbol: sympy.Integer(size) for symbol, size in values.items()}
+        names = [
+            "macs", "macs_algorithmic", "macs_training", "map_bytes", "bytes_moved", "bytes_training", "weight_bytes",
+        ]  # fmt: skip
         return Numbers(
             params=self.params,
-            macs=int(self.macs.xreplace(replaced)),
-            map_bytes=int(self.map_bytes.xreplace(replaced)),
-            sizes=taken,
+            sizes={name: values[symbol] for name, symbol in self.symbols.items()} | self._derived(numbers),
+            _peak=functools.partial(self.execution.peak_bytes, self._shapes(values)),
+            **{name: int(getattr(self, name).xreplace(numbers)) for name in names},
         )
+
+    def _derived(self, numbers: Mapping[sympy.Symbol, sympy.Integer]) -> dict[str, int]:
+        return {name: int(length.xreplace(numbers)) for name, length in self.relations.items()}
 
     def _sizes_text(self) -> str:
         """Every free size with its other names: ``B (or input_ids_0), T (or input_ids_1)``."""
         texts = []
         for name, symbol in self.symbols.items():
             others = [other for other, size in self.names.sizes.items() if size == symbol and other != name]
+            if name in self.relations:
+                continue
             texts.append(f"{name} (or {', '.join(others)})" if others else name)
-        derived = self.names.sizes.get("T")
-        if derived is not None and not derived.is_Symbol:
-            texts.append(f"T = {derived}")
-        return ", ".join(texts)
+        return ", ".join([*texts, *(f"{name} = {length}" for name, length in self.relations.items())])
 
 
-def summarise(program: Program, example_sizes: Mapping[str, tuple[int, ...]] | None = None) -> Summary:
+def summarise(
+    program: Program,
+    example_sizes: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    parts: Parts | None = None,
+    model: torch.nn.Module | None = None,
+) -> Summary:
     """Count a program and name its sizes.
 
     Arguments:
         program: any program, before or after a rewrite.
         example_sizes: the shapes of the example inputs by name, for `Summary.at_example`.
+        parts: the parts of the program that it was captured as.
+        model: the module that is called, whose peak memory is meant; the program's graph where left out.
 
     Raises:
         UnsupportedError: for an operator or a module whose work is not known.
@@ -143,6 +246,9 @@ def summarise(program: Program, example_sizes: Mapping[str, tuple[int, ...]] | N
     >>> summary.at(B=1, T=100).macs
     211200
     """
-    counts = count(program)
+    counts = count(program, parts)
     names = names_of(program, counts.maps, counts.macs.free_symbols | counts.map_bytes.free_symbols)
-    return Summary(counts.replaced(names.symbols), names, example_sizes)
+    counts = counts.replaced(names.symbols)
+    if names.derived:
+        counts = counts.replaced(names.derived)
+    return Summary(counts, names, Execution(program, model), example_sizes)

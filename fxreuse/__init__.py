@@ -1,16 +1,18 @@
 """A compiler for cross-layer redundancy in Transformers.
 
 `apply` captures any Transformer as one `torch.fx` graph, finds its attentions by data flow, and lets groups of layers
-share one attention map. `find_attention` shows what was found, `describe` what was done, `verify` whether it is right
-and what it gains.
+share one attention map. `find_attention` shows what was found, `report` what a plan saves, `describe` what was done,
+`verify` whether it is right and what it gains.
 """
 
 from .apply import apply, describe, find_attention
 from .attention import AttentionSite, AttentionSites
+from .cost_report import CostReport
 from .errors import CaptureError, FxReuseError, InputError, PlanError, UnsupportedError
 from .map_workspace import release_workspaces
 from .plan import Plan
 from .record import Decision, Note, Record
+from .report import report
 from .verify import Verification, verify
 from .warn import TrainingWarning
 
@@ -20,6 +22,7 @@ __all__ = [
     "AttentionSite",
     "AttentionSites",
     "CaptureError",
+    "CostReport",
     "Decision",
     "FxReuseError",
     "InputError",
@@ -34,5 +37,6 @@ __all__ = [
     "describe",
     "find_attention",
     "release_workspaces",
+    "report",
     "verify",
 ]

@@ -78,7 +78,13 @@ def apply(
 
 def _apply(model: torch.nn.Module | ExportedProgram, plan: Plan, example_inputs: Any, copy: bool) -> Rewritten:
     program = load_program(model, example_inputs)
-    sites = find(program)
+    rewritten = rewrite(program, find(program), plan, model)
+    warn_of_losses(rewritten.record)
+    return copying.deepcopy(rewritten) if copy else rewritten
+
+
+def rewrite(program: Program, sites: AttentionSites, plan: Plan, model: torch.nn.Module | ExportedProgram) -> Rewritten:
+    """What `apply` makes of a captured program whose attentions were found; ``model`` only says which modes it has."""
     if not len(sites):
         reasons = "; ".join(f"{r.path or 'the model'}: {r.reason}" for r in sites.rejected[:5])
         raise UnsupportedError(
@@ -87,9 +93,7 @@ def _apply(model: torch.nn.Module | ExportedProgram, plan: Plan, example_inputs:
         )
     program, record = _rewrite(program, sites, plan)
     modes = {"": False} if isinstance(model, ExportedProgram) else {p: m.training for p, m in model.named_modules()}
-    rewritten = emit(fold_modules(program), record, [site.layer_path for site in sites if site.layer_path], modes)
-    warn_of_losses(rewritten.record)
-    return copying.deepcopy(rewritten) if copy else rewritten
+    return emit(fold_modules(program), record, [site.layer_path for site in sites if site.layer_path], modes)
 
 
 def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Program, Record]:

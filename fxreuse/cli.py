@@ -1,4 +1,4 @@
-"""The command line: ``fxreuse inspect``, ``fxreuse verify``, ``fxreuse demo``.
+"""The command line: ``fxreuse inspect``, ``fxreuse report``, ``fxreuse verify``, ``fxreuse demo``.
 
 Exit codes: 0 all is well, 1 the check's verdict is "failed", 2 bad usage or a model or plan that cannot be served.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import fxreuse
 
-from . import demo, model_spec
+from . import cost_tables, demo, model_spec
 from .errors import FxReuseError
 from .inspection import inspect_model
 from .progress import Progress
@@ -74,6 +74,34 @@ def _inspect(options: argparse.Namespace) -> bool:
     return True
 
 
+def _report(options: argparse.Namespace) -> bool:
+    """Print what a model costs, and what a plan saves of it."""
+    with Progress() as progress:
+        progress(f"building {options.model} without weights")
+        loaded = model_spec.resolve(options.model, dict(options.set), without_weights=True)
+        progress("counting")
+        found = fxreuse.report(
+            loaded.model,
+            options.plan,
+            loaded.example_inputs,
+            device=options.device,
+            sizes=_sizes(options.sizes),
+            target=options.target,
+        )
+        text = found.to_json() if options.json else found.to_markdown() if options.markdown else str(found)
+        if options.plot is not None:
+            found.plot(options.plot)
+    print(text)
+    if options.breakdown and not options.json:
+        print(f"\n{cost_tables.breakdown(found, 'github' if options.markdown else 'simple')}")
+    return True
+
+
+def _sizes(given: Sequence[tuple[str, list[int]]]) -> dict[str, int | list[int]] | None:
+    """Sizes as `fxreuse.report` takes them: several values as a list."""
+    return {name: values if len(values) > 1 else values[0] for name, values in given} or None
+
+
 def _verify(options: argparse.Namespace) -> bool:
     """Apply a plan and print what the check of the result says."""
     with Progress() as progress:
@@ -125,6 +153,27 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--all", action="store_true", help="a row for every attention, not for every kind")
     inspect.set_defaults(run=_inspect)
 
+    report = commands.add_parser("report", help="count what a model costs and what a plan saves, without weights")
+    report.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    report.add_argument("--plan", help="for instance 2x6: groups of 2 layers, 6 of them; without it, the model alone")
+    report.add_argument("--target", metavar="PATH", help="count only this submodule, such as model.encoder")
+    report.add_argument(
+        "--device", metavar="NAME", help="what latency is predicted for, such as cpu or A100"
+    )
+    report.add_argument(
+        "--size",
+        dest="sizes",
+        metavar="NAME=VALUE[,VALUE…]",
+        action="append",
+        type=_size,
+        default=[],
+        help="a size to report at, such as B=1 or T=128,512,2048; repeatable",
+    )
+    report.add_argument("--breakdown", action="store_true", help="the parts of the model, too")
+    report.add_argument("--plot", metavar="FILE", type=Path, help="draw MACs, memory and latency into a .png or .svg")
+    report.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    report.set_defaults(run=_report)
+
     verify = commands.add_parser("verify", help="apply a plan, then measure the result against the original")
     verify.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     verify.add_argument("--plan", required=True, help="for instance 2x6: groups of 2 layers, 6 of them")
@@ -140,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demonstrate.set_defaults(run=_demo)
 
-    for command in (inspect, verify, demonstrate):
+    for command in (inspect, report, verify, demonstrate):
         command.add_argument(
             "--set",
             metavar="NAME=VALUE",
@@ -149,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="a field of the config or an argument of the factory, such as num_hidden_layers=12; repeatable",
         )
-    for command in (inspect, verify, demonstrate):
+    for command in (inspect, report, verify, demonstrate):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -160,6 +209,15 @@ def _setting(text: str) -> tuple[str, str]:
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
     return name, value
+
+
+def _size(text: str) -> tuple[str, list[int]]:
+    """The name and the values of a ``NAME=VALUE,VALUE``."""
+    name, values = _setting(text)
+    try:
+        return name, [int(value) for value in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER or NAME=NUMBER,NUMBER…, found {text!r}") from None
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

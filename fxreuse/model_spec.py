@@ -12,6 +12,7 @@ A factory returns a model, or a model and its example inputs. Weights that are d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -61,28 +62,32 @@ def load(spec: str, settings: Mapping[str, str] | None = None) -> torch.nn.Modul
     return resolve(spec, settings).model
 
 
-def resolve(spec: str, settings: Mapping[str, str] | None = None) -> LoadedModel:
+def resolve(spec: str, settings: Mapping[str, str] | None = None, *, without_weights: bool = False) -> LoadedModel:
     """As `load`, with the example inputs that a factory gave and the kind of weights.
 
     Args:
         spec: one of the forms in the module's docstring.
         settings: texts by name, each read as the config's field or the factory's parameter of that name asks for.
+        without_weights: build it on the meta device, where a model of any size takes no memory.
 
     Raises:
         ModelSpecError: an unknown form; a file, module, factory, config, directory or setting that does not exist.
     """
-    settings = settings or {}
-    place, separator, name = spec.rpartition(":")
-    if spec.startswith("hf:") and spec != "hf:":
-        loaded = _pretrained(spec[len("hf:") :], settings)
-    elif not separator or not place or not name:
-        raise ModelSpecError(f"model {spec!r} is in no known form; expected {_FORMS}")
-    elif place == "transformers":
-        loaded = _from_config(name, settings)
-    else:
-        loaded = _from_factory(spec, _import(spec, place), name, settings)
+    with torch.device("meta") if without_weights else contextlib.nullcontext():
+        loaded = _loaded(spec, settings or {})
     loaded.model.eval()
     return loaded
+
+
+def _loaded(spec: str, settings: Mapping[str, str]) -> LoadedModel:
+    place, separator, name = spec.rpartition(":")
+    if spec.startswith("hf:") and spec != "hf:":
+        return _pretrained(spec[len("hf:") :], settings)
+    if not separator or not place or not name:
+        raise ModelSpecError(f"model {spec!r} is in no known form; expected {_FORMS}")
+    if place == "transformers":
+        return _from_config(name, settings)
+    return _from_factory(spec, _import(spec, place), name, settings)
 
 
 def _import(spec: str, place: str) -> types.ModuleType:

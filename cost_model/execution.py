@@ -1,0 +1,79 @@
+"""A program together with the module that runs it: what its sizes may be, and the memory that a call takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..capture import caches_off
+from ..guards import checker
+from ..program import Leaf, Program
+from ..untouched import untouched
+from .memory import peak_bytes
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """A program, and the module that is called in its place: the original one, or a rewritten one."""
+
+    program: Program
+    model: torch.nn.Module | None = None
+
+    def check(self, shapes: Shapes) -> None:
+        """Raise where the graph does not hold at these sizes of the inputs.
+
+        Raises:
+            InputError: naming the input, the dimension and the condition.
+        """
+        check = checker(self.program.guards, self.program.call.leaves, self.program.name)
+        check(*self._tensors(shapes, "meta"))
+
+    def peak_bytes(self, shapes: Shapes, training: bool) -> int:
+        """The peak activation memory of a call at these sizes of the inputs; see `memory.peak_bytes`.
+
+        A module that cannot be run without data is replaced by the graph that was captured of it.
+        """
+        tensors = self._tensors(shapes, "meta")
+        if self.model is not None:
+            args, kwargs = self._arguments(dict(zip(shapes, tensors, strict=True)))
+            try:
+                with untouched(self.model), caches_off(self.model):
+                    return peak_bytes(self.model, args, kwargs, training=training)
+            except Exception:  # whatever code of others does where there are no values
+                pass
+        return peak_bytes(self.program.module, tuple(tensors), {}, training=training)
+
+    def _tensors(self, shapes: Shapes, device: str) -> list[torch.Tensor]:
+        """The inputs in order, without data."""
+        nodes = self.program.graph.find_nodes(op="placeholder")
+        return [
+            torch.empty(shapes[leaf.name], dtype=_dtype(node), device=device)
+            for leaf, node in zip(self.program.call.leaves, nodes, strict=True)
+        ]
+
+    def _arguments(self, tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of the model, constants included."""
+        convention = self.program.call
+        given = inspect.Signature(list(convention.parameters)).bind_partial()
+        extra = next((p.name for p in convention.parameters if p.kind is p.VAR_KEYWORD), None)
+        for argument in convention.arguments:
+            leaves = [tensors[leaf.name] if isinstance(leaf, Leaf) else leaf for leaf in argument.leaves]
+            value = pytree.tree_unflatten(leaves, argument.spec)
+            if argument.name in given.signature.parameters or extra is None:
+                given.arguments[argument.name] = value
+            else:
+                given.arguments.setdefault(extra, {})[argument.name] = value
+        return given.args, given.kwargs
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
