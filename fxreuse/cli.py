@@ -157,9 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     report.add_argument("--plan", help="for instance 2x6: groups of 2 layers, 6 of them; without it, the model alone")
     report.add_argument("--target", metavar="PATH", help="count only this submodule, such as model.encoder")
-    report.add_argument(
-        "--device", metavar="NAME", help="what latency is predicted for, such as cpu or A100"
-    )
+    report.add_argument("--device", metavar="NAME", help="what latency is predicted for, such as cpu or A100")
     report.add_argument(
         "--size",
         dest="sizes",
