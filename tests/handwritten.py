@@ -24,7 +24,8 @@ class Attention(torch.nn.Module):
 
 
 def find_in(module: torch.nn.Module, *shapes: tuple[int, ...]) -> tuple[Program, AttentionSites]:
-    program = exported(module, *(torch.randn(shape) for shape in shapes or ((3, 5, 8),)))
+    inputs = tuple(torch.randn(shape) for shape in shapes or ((3, 5, 8),))
+    program = exported(module, *inputs) if len(inputs) == 1 else load_program(module.eval(), inputs)
     return program, find(program)
 
 

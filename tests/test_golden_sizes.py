@@ -14,6 +14,7 @@ import fxreuse
 from fxreuse.frontend import load_program
 from fxreuse.program import Program
 
+from .handwritten import exported
 from .running import apply_captured
 
 # Table 2 of Recycle-and-Distill, and its MaskHuBERT and ARMHuBERT: width, feed-forward width, plan, parameters, and the
@@ -83,7 +84,7 @@ def test_armhubert(students, dim, width, plan, parameters, wider):
 @pytest.fixture(scope="module")
 def conformer() -> Captured:
     model = Conformer().eval()
-    return model, load_program(model, torch.randn(2, 16, 256))
+    return model, exported(model, torch.randn(2, 16, 256))
 
 
 @pytest.mark.parametrize(("groups", "count_of_groups"), CONFORMER_PLANS)
