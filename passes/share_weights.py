@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxreuse.errors import UnsupportedError
 from fxreuse.nodes import call
 from fxreuse.parts import contiguous
 from fxreuse.program import Program
-from fxreuse.tree import free_path
 
-from .parameters import add_index, at_top
+from .parameters import at_top
 from .weight_groups import Member, WeightGroup
 
 _aten = torch.ops.aten
@@ -59,17 +60,45 @@ def _read_from(
 
 
 def _rows(program: Program, group: WeightGroup, member: Member, node: fx.Node, shared: fx.Node, axis: int) -> fx.Node:
-    """The rows of the owner's parameter that a member's matrices are, made where the member read its own."""
+    """The rows of the owner's parameter that a member's matrices are, made where the member read its own.
+
+    Raises:
+        UnsupportedError: they are not in one piece, nor in pieces at equal distances (one for each head).
+    """
     features = torch.cat([_of_role(group.owner, part.role) for part in member.parts])
     rows = group.owner.projection.rows[features]
     reader = min(node.users)
-    span = contiguous(rows)
+
+    def insert(target: Any, *args: Any) -> fx.Node:
+        return call(program.graph, target, args, {}, like=reader)
+
     with program.graph.inserting_before(reader):
+        span = contiguous(rows)
         if span is not None:
-            return call(program.graph, _aten.slice.Tensor, (shared, axis, *span), {}, like=reader)
-        path = free_path(program.module, member.projection.weight.rpartition(".")[0], "rows")
-        index = add_index(program, path, rows, like=shared)
-        return call(program.graph, _aten.index_select.default, (shared, axis, index), {}, like=reader)
+            return insert(_aten.slice.Tensor, shared, axis, *span)
+        count, step, start, length = _pieces(rows, shared.meta["val"].shape[axis], member)
+        pieces = insert(_aten.unflatten.int, shared, axis, [count, step])
+        return insert(
+            _aten.flatten.using_ints,
+            insert(_aten.slice.Tensor, pieces, axis + 1, start, start + length),
+            axis,
+            axis + 1,
+        )
+
+
+def _pieces(rows: torch.Tensor, size: int, member: Member) -> tuple[int, int, int, int]:
+    """Rows as pieces: how many, from one to the next, where in it each begins, and how long each is."""
+    breaks = (rows.diff() != 1).nonzero().flatten()
+    length = int(breaks[0]) + 1
+    count, start = len(rows) // length, int(rows[0])
+    step = size // count
+    expected = step * torch.arange(count)[:, None] + start + torch.arange(length)
+    if count * step != size or len(rows) % length or not torch.equal(rows, expected.flatten()):
+        raise UnsupportedError(
+            f"{member.weight} of {member.path} cannot share the weight of its leader: its rows are not in pieces at "
+            "equal distances there."
+        )
+    return count, step, start, length
 
 
 def _of_role(owner: Member, role: str) -> torch.Tensor:
