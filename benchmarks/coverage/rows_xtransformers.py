@@ -11,14 +11,14 @@ from .row import Built, Row, ids, padding
 LAYERS = 2
 
 
-def _tokens(kind: str, **options: Any) -> Any:
+def _tokens(kind: str, longer: int = 14, **options: Any) -> Any:
     def build() -> Built:
         import x_transformers
 
         layers = getattr(x_transformers, kind)(dim=32, depth=LAYERS, heads=4, attn_dim_head=8, **options)
         model = x_transformers.TransformerWrapper(num_tokens=99, max_seq_len=32, attn_layers=layers)
         if kind == "Decoder":
-            return Built(model, {"x": ids(2, 11)}, {"x": ids(3, 14)})
+            return Built(model, {"x": ids(2, 11)}, {"x": ids(3, longer)})
         calls = ({"x": ids(2, 11), "mask": padding(2, 11) == 1} for _ in range(2))
         return Built(model, *calls)
 
@@ -55,7 +55,11 @@ ROWS = (
     _row("x-transformers decoder, flash", _tokens("Decoder", attn_flash=True)),
     _row("x-transformers decoder, rotary, q/k norm", _tokens("Decoder", rotary_pos_emb=True, attn_qk_norm=True)),
     _row("x-transformers encoder, T5 bias", _tokens("Encoder", rel_pos_bias=True), note=MASKED),
-    _row("x-transformers decoder, ALiBi", _tokens("Decoder", alibi_pos_bias=True, alibi_num_heads=2)),
+    _row(
+        "x-transformers decoder, ALiBi",
+        _tokens("Decoder", longer=11, alibi_pos_bias=True, alibi_num_heads=2),
+        note="einx, with which it subtracts positions, makes numbers of their sizes: the length is fixed.",
+    ),
     _row("x-transformers decoder, multi-query", _tokens("Decoder", attn_one_kv_head=True)),
     _row("x-transformers decoder, grouped", _tokens("Decoder", attn_kv_heads=2)),
     _row(
