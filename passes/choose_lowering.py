@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ import sympy
 import torch
 
 from fxreuse.attention import AttentionSite
+from fxreuse.cost_model.attention_time import SharedMap
+from fxreuse.cost_model.device import Device
 from fxreuse.errors import UnsupportedError
 from fxreuse.program import Program
 from fxreuse.tree import reads
@@ -20,13 +21,11 @@ from .fused import Fused
 from .materialize import Materializer
 from .recompute import Recomputer
 
-# What a CPU does for one element of a map, in the time of one multiply-accumulate of a matrix product. Measured with
-# two threads of a server CPU with AVX-512; benchmarks/reuse_latency.py shows what comes of it.
-_SOFTMAX = 24  # exponential, sum, quotient; and what it takes to write the element
-_READ = 9  # to read an element of a stored map, where that takes longer than its product
-_FUSED = 0.8  # a multiply-accumulate inside the fused kernel, whose operands stay in cache
-# The fused kernel skips blocks of this many queries and keys that a causal mask hides whole.
-_BLOCK = 512
+# Lengths that stand for those that are free in the graph.
+_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+# Two predictions that are this near are alike; the map is stored then, which has fewer multiply-accumulates.
+_ALIKE = 1.05
+_WAYS = ("storing the map", "computing it again")
 # A map that takes a larger part of the memory than this is not stored.
 _LARGEST_PART = 0.25
 
@@ -39,10 +38,11 @@ _LOWERINGS: dict[str, Callable[[Program], Materializer | Recomputer]] = {
 def choose_lowering(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int]) -> tuple[str, str]:
     """The lowering of a stack, and the reason for the record.
 
-    Batch and lengths are free in the graph, and the choice is made once. So on a CPU the map is stored where that costs
-    less at every length, and not only at the example's: everywhere but under a causal mask, where the fused kernel
-    skips half of a long map. The example's sizes decide whether a map is small enough to be stored. On an accelerator
-    the map is stored where the model has it in memory anyway. Where this choice is refused, it is the other one.
+    On a CPU the cost model predicts what the attentions take in both (`cost_model.attention_time`), on this machine if
+    it has been measured, and otherwise on a typical one. Batch and lengths are free in the graph, and the choice is
+    made once: it is the lowering that loses least where it loses most, over lengths from 128 to 4096. The example's
+    sizes decide whether a map is small enough to be stored. On an accelerator the map is stored where the
+    model has it in memory anyway. Where this choice is refused, it is the other one.
 
     Arguments:
         program: the program as it is before the pass; it is not changed.
@@ -81,46 +81,61 @@ def _prefer(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[
 
 
 def _cheaper_on_cpu(
-    program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], stored: str
+    program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], size: str
 ) -> tuple[str, str]:
-    work = _Work(0.0, 0.0)
-    causal = False
-    for layer, leader in enumerate(leaders):
-        if leaders.count(leader) > 1:
-            visible = _visible(program, sites[leader])
-            causal |= visible < 1
-            work += _Work.of(sites[layer], layer == leader, visible)
-    where = "half of a long causal map, which the fused kernel skips" if causal else "any length"
-    costs = f"{work.materialize:.0f} MACs' time per element against {work.recompute:.0f}"
-    if work.materialize <= work.recompute:
-        return "materialize", f"on a CPU a stored map costs less than computing it again at {where} ({costs}); {stored}"
-    return "recompute", f"on a CPU a stored map costs more than computing {where} ({costs})"
+    device = Device.typical_cpu()
+    times = {}
+    for length in _lengths(sites[leaders[0]]):
+        groups = [
+            _shared_map(program, sites, layers, length)
+            for leader in set(leaders)
+            if len(layers := [layer for layer, own in enumerate(leaders) if own == leader]) > 1
+        ]
+        times[length] = (
+            sum(group.stored(device) for group in groups),
+            sum(group.computed_again(device) for group in groups),
+        )
+    losses = [max(pair[which] / min(pair) for pair in times.values()) for which in (0, 1)]
+    best = 0 if losses[0] <= losses[1] * _ALIKE else 1
+    shown = (f"{stored * 1e3:.2g} ms against {again * 1e3:.2g} at {n}" for n, (stored, again) in times.items())
+    costs = f"predicted for {device.name}, stored against computed again: {', '.join(shown)}"
+    if losses[best] <= _ALIKE:
+        reason = f"{_WAYS[best]} takes no longer at any length"
+    else:
+        worst, other = losses[best], losses[1 - best]
+        reason = f"{_WAYS[best]} takes up to {worst:.1f} times as long, {_WAYS[1 - best]} up to {other:.1f} times"
+    return ("materialize", "recompute")[best], f"on a CPU {reason} ({costs}); {size}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """What the attentions of a stack cost per element of a map, in the time of multiply-accumulates."""
-
-    materialize: float
-    recompute: float
-
-    @staticmethod
-    def of(site: AttentionSite, leads: bool, visible: float) -> _Work:
-        """Of one layer, of whose map the fused kernel computes the part ``visible``."""
-        product = max(site.value_dim, _READ)
-        stored = product + (site.head_dim + _SOFTMAX if leads else 0)
-        return _Work(stored, visible * (_FUSED * (site.head_dim + site.value_dim) + _SOFTMAX))
-
-    def __add__(self, other: _Work) -> _Work:
-        return _Work(self.materialize + other.materialize, self.recompute + other.recompute)
+def _lengths(site: AttentionSite) -> list[int]:
+    """The lengths that a choice has to suit: that of the map where it is fixed, and many where it is free."""
+    length = site.map_shape[-1]
+    if fixed := _number(length):
+        return [fixed]
+    return list(_LENGTHS)
 
 
-def _visible(program: Program, leader: AttentionSite) -> float:
-    """The smallest part of a map that the fused kernel computes at any length that the graph takes."""
-    if not leader.fused or not Fused.of(program.node(leader.nodes.map)).is_causal:
-        return 1.0
-    length = leader.map_shape[-1]
-    return min(1.0, 0.5 + _BLOCK / (2 * length)) if isinstance(length, int) else 0.5
+def _shared_map(program: Program, sites: Sequence[AttentionSite], layers: Sequence[int], length: int) -> SharedMap:
+    """The map of a group, where lengths that are free have this value, and there is one sample."""
+    leader = sites[layers[0]]
+    *_, queries, keys = leader.map_shape
+    fused = Fused.of(program.node(leader.nodes.map)) if leader.fused else None
+    return SharedMap(
+        heads=leader.heads,
+        queries=_number(queries) or length,
+        keys=_number(keys) or length,
+        width=leader.head_dim,
+        values=leader.value_dim,
+        layers=len(layers),
+        causal=fused is not None and fused.is_causal,
+        masked=fused is not None and fused.mask is not None,
+    )
+
+
+def _number(size: object) -> int | None:
+    """A size as a number; None where it is free."""
+    found = sympy.sympify(size)
+    return int(found) if found.is_Integer else None
 
 
 def _refusal(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], lowering: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import types
@@ -12,6 +13,9 @@ import torch
 
 import fxreuse
 from fxreuse.attention import AttentionSite
+from fxreuse.cost_model.attention_time import SharedMap
+from fxreuse.cost_model.device import Rate
+from fxreuse.cost_model.presets import SERVER_CPU
 from fxreuse.find import find
 from fxreuse.frontend import load_program
 from fxreuse.program import Program
@@ -28,6 +32,12 @@ ATTENTIONS: dict[str, Attend] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine of which nothing is known."""
+    monkeypatch.setattr(choosing.Device, "typical_cpu", lambda: SERVER_CPU)
+
+
 @functools.cache
 def program(kind: str) -> Program:
     return load_program(Model(ATTENTIONS[kind]), inputs(None))
@@ -39,24 +49,51 @@ def choose(kind: str, leaders: Sequence[int] = (0, 0, 2, 2)) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["fused", "unfused", "soft cap"])
-def test_on_a_cpu_the_map_is_stored_at_every_length(kind: str) -> None:
+def test_on_a_cpu_the_map_is_stored(kind: str) -> None:
     lowering, reason = choose(kind)
     assert lowering == "materialize"
-    assert [text for text in ("on a CPU", "any length", "2.3 KiB", "(3×4×5×5)") if text not in reason] == []
+    assert [text for text in ("on a CPU", "predicted", "2.3 KiB", "(3×4×5×5)") if text not in reason] == []
 
 
 def test_a_long_causal_map_is_cheaper_to_compute_again_in_part() -> None:
     lowering, reason = choose("causal")
     assert lowering == "recompute"
-    assert "causal" in reason
+    assert "computing it again takes up to 1." in reason
+    assert "at 4096" in reason
 
 
-def test_the_size_of_the_groups_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_says_what_was_predicted_for_which_device() -> None:
+    reason = choose("fused")[1]
+    assert f"predicted for {SERVER_CPU.name}" in reason
+    assert reason.count(" ms against ") == 6
+
+
+@pytest.mark.parametrize("factor", [0.1, 10])
+def test_it_is_the_predicted_times_that_decide(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """On a device whose fused attention is much faster, or slower, the choice is another one."""
+    products = dict(SERVER_CPU.products)
+    products["attention"] = Rate(products["attention"].macs * factor)
+    other = dataclasses.replace(SERVER_CPU, products=products, score=SERVER_CPU.score / factor)
+    monkeypatch.setattr(choosing.Device, "typical_cpu", lambda: other)
+    wanted = "recompute" if factor > 1 else "materialize"
+    assert [choose(kind)[0] for kind in ("fused", "unfused", "causal")] == [wanted] * 3
+
+
+def test_the_size_of_the_groups_counts() -> None:
     """What the leader pays to store its map is shared by its followers."""
-    monkeypatch.setattr(choosing, "_SOFTMAX", 40)
-    assert choose("causal", (0, 0, 2, 2))[0] == "recompute"
-    assert choose("causal", (0, 0, 0, 0))[0] == "materialize"
-    assert choose("causal", (0, 1, 2, 2))[0] == "recompute"
+    shared = {layers: SharedMap(4, 512, 512, 64, 64, layers) for layers in (2, 4)}
+    stored, again = (
+        [way(SERVER_CPU) for way in ways]
+        for ways in zip(*((one.stored, one.computed_again) for one in shared.values()), strict=True)
+    )
+    assert again[1] == pytest.approx(2 * again[0])
+    assert stored[1] < 1.8 * stored[0]
+
+
+def test_only_groups_that_share_a_map_count() -> None:
+    assert choose("fused", (0, 1, 2, 2))[1].count("ms against") == 6
+    alone, pair = (choose("fused", leaders)[1] for leaders in ((0, 1, 2, 2), (0, 0, 2, 2)))
+    assert alone != pair
 
 
 def test_the_choice_changes_nothing() -> None:

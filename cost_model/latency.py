@@ -1,0 +1,229 @@
+"""How long a program takes on a device: a roofline, kernel by kernel.
+
+Each kernel takes the longest of three: its arithmetic at the rate of its family, its bytes at the rate of the
+last-level cache, and those of its bytes that are not in that cache at the rate of memory. On top comes what a call
+costs, and on a CPU the page faults of large new blocks. Which bytes are in cache is followed through the whole run
+(`residency`); a T×T map falls out of it from some length on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import sympy
+import torch
+from tabulate import tabulate
+
+from ..errors import InputError
+from ..program import Program
+from .device import Device
+from .fusion import fuse
+from .kernels import Kernel, kernels_of
+from .operations import Operation, operations
+from .residency import Residency, Traffic
+from .solve import solve
+from .summary import summarise
+
+# Bytes of a line of cache.
+_LINE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The predicted time of one forward pass, and of which operations it is made.
+
+    ``operations`` has the seconds of every operation in the order of execution; `by_kind` and `by_module` add them up.
+    Printing it gives a table.
+    """
+
+    device: str
+    compiled: bool
+    sizes: Mapping[str, int]
+    operations: tuple[tuple[Operation, float], ...]
+
+    @property
+    def seconds(self) -> float:
+        """The whole time."""
+        return sum(seconds for _, seconds in self.operations)
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Seconds per kind of operation, the longest first."""
+        return self._by(lambda operation: operation.kind)
+
+    @property
+    def by_module(self) -> dict[str, float]:
+        """Seconds per innermost module call, in the order of execution."""
+        return self._by(lambda operation: operation.module, ordered=False)
+
+    def by(self, part: Callable[[Operation], str]) -> dict[str, float]:
+        """Seconds per part, the longest first, where ``part`` names the one that an operation belongs to."""
+        return self._by(part)
+
+    def _by(self, part: Callable[[Operation], str], ordered: bool = True) -> dict[str, float]:
+        found: defaultdict[str, float] = defaultdict(float)
+        for operation, seconds in self.operations:
+            found[part(operation)] += seconds
+        return dict(sorted(found.items(), key=lambda entry: -entry[1])) if ordered else dict(found)
+
+    def __str__(self) -> str:
+        total = self.seconds
+        mode = "compiled" if self.compiled else "eager"
+        sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items())
+        rows = [
+            [kind, f"{1e3 * seconds:.3g}", f"{seconds / total:.0%}"]
+            for kind, seconds in self.by_kind.items()
+            if seconds
+        ]
+        table = tabulate(rows, ["kind", "ms", "share"], disable_numparse=True, colalign=("left", "right", "right"))
+        return f"{1e3 * total:.3g} ms predicted on {self.device}, {mode}, {sizes}\n\n{table}"
+
+
+class Latency:
+    """The latency of one program, for any device and sizes: what does not depend on those is read off once.
+
+    Arguments:
+        program: any program, before or after a rewrite.
+
+    Raises:
+        UnsupportedError: for an operator or a module whose work is not known.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._summary = summarise(program)
+        self._operations = operations(program)
+
+    def predict(
+        self, device: Device | torch.device | str, sizes: Mapping[str, int] | None = None, *, compiled: bool = False
+    ) -> Prediction:
+        """See `predict_program`."""
+        where = Device.of(device)
+        values, named = self._values(sizes)
+        return dataclasses.replace(predict(self._operations, values, where, compiled=compiled), sizes=named)
+
+    def _values(self, sizes: Mapping[str, int] | None) -> tuple[dict[sympy.Symbol, int], dict[str, int]]:
+        """The symbols of the capture and the named sizes, for sizes as a person gives them."""
+        names = self._summary.names
+        numbers = self._summary.at_example() if sizes is None else self._summary.at(**sizes)
+        known = {name: size for name, size in numbers.sizes.items() if names.sizes[name].is_Symbol}
+        given = {name: size for name, size in (sizes or {}).items() if name not in known}
+        solved = solve((name, names.sizes[name], size) for name, size in {**known, **given}.items())
+        return {raw: solved[symbol] for raw, symbol in names.symbols.items() if symbol in solved}, dict(numbers.sizes)
+
+
+def predict_program(
+    program: Program,
+    device: Device | torch.device | str = "cpu",
+    sizes: Mapping[str, int] | None = None,
+    *,
+    compiled: bool = False,
+) -> Prediction:
+    """Predict how long one forward pass of a program takes in inference.
+
+    Arguments:
+        program: any program, before or after a rewrite.
+        device: a `Device`, the name of a preset, or ``"cpu"`` for this machine, which is measured once.
+        sizes: such as ``{"B": 1, "T": 512}``; those of the example inputs where left out.
+        compiled: as `torch.compile` runs it: elementwise work is merged, and calls cost less.
+
+    Raises:
+        InputError: for sizes that are missing or unknown, a device that is unknown, or a dtype that it lacks.
+        UnsupportedError: for an operator or a module whose work is not known.
+
+    >>> from fxreuse.frontend import load_program
+    >>> layer = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
+    >>> program = load_program(layer, torch.ones(2, 8, 64))
+    >>> short, long = (predict_program(program, "A100", {"B": 1, "T": length}) for length in (1024, 4096))
+    >>> short.seconds < long.seconds
+    True
+    """
+    return Latency(program).predict(device, sizes, compiled=compiled)
+
+
+def predict(
+    operations: Sequence[Operation],
+    values: Mapping[sympy.Symbol, int],
+    device: Device,
+    *,
+    compiled: bool = False,
+) -> Prediction:
+    """Predict how long operations take, one after the other, when they are run again and again.
+
+    Arguments:
+        operations: those of a program, in order.
+        values: of every symbol in their expressions.
+        device: where.
+        compiled: as `torch.compile` runs them.
+
+    Raises:
+        InputError: for a symbol without a value, or a dtype that the device lacks.
+    """
+    at = _evaluator(values)
+    eager_cpu = device.kind == "cpu" and not compiled
+    made = [kernel for operation in operations for kernel in kernels_of(operation, at, eager_cpu)]
+    made = fuse(made) if compiled else made
+    accesses = [access for operation in operations for access in operation.reads]
+    lasting = {access.storage for access in accesses if access.role != "activation"}
+    traffic = Residency(device.cache, heap=device.fault > 0).run(made, lasting)
+    seconds: defaultdict[int, float] = defaultdict(float)
+    for kernel, moved in zip(made, traffic, strict=True):
+        seconds[id(kernel.operation)] += kernel_seconds(kernel, moved, device, compiled)
+    timed = tuple((operation, seconds[id(operation)]) for operation in operations)
+    return Prediction(device.name, compiled, {str(symbol): size for symbol, size in values.items()}, timed)
+
+
+def kernel_seconds(kernel: Kernel, moved: Traffic, device: Device, compiled: bool = False) -> float:
+    """The time of one kernel, with what it moves to and from memory."""
+    work = _arithmetic(kernel, device, compiled)
+    touched = sum(size for _, size in (*kernel.reads, *kernel.writes))
+    if kernel.product is None:
+        work = max(work, touched / device.cache_rate)
+    work = max(work, moved.memory / device.memory) + moved.faulted * device.fault
+    dispatch = device.dispatch(kernel.dispatch, compiled) if kernel.dispatch else 0.0
+    return max(dispatch, work) if device.asynchronous else dispatch + work
+
+
+def _arithmetic(kernel: Kernel, device: Device, compiled: bool) -> float:
+    seconds = 0.0
+    if kernel.product is not None:
+        seconds += device.product(kernel.family, *kernel.product, kernel.dtype)
+        seconds += _ragged(kernel, device)
+    if kernel.scores:
+        seconds += kernel.scores * (device.score + (device.masked_score if kernel.masked else 0.0))
+    if kernel.elements:
+        alone = device.threads
+        if device.grain:
+            alone = min(device.threads, -(-kernel.elements // device.grain))
+        each = device.element(kernel.family) - (device.element("add") if compiled and kernel.fusible else 0.0)
+        seconds += kernel.elements * max(0.0, each) * device.threads / alone
+    return seconds
+
+
+def _ragged(kernel: Kernel, device: Device) -> float:
+    """What it costs that the rows of a result share lines of cache: little where the result is small."""
+    assert kernel.product is not None
+    batch, m, n, _ = kernel.product
+    item = kernel.dtype.itemsize
+    if kernel.family not in ("linear", "batched") or n * item % _LINE == 0:
+        return 0.0
+    return device.ragged * batch * m * n * min(1.0, batch * m * n * item / device.cache)
+
+
+def _evaluator(values: Mapping[sympy.Symbol, int]) -> Callable[[sympy.Expr], int]:
+    """A function that gives the number for a size, each expression worked out once."""
+    replaced = {symbol: sympy.Integer(size) for symbol, size in values.items()}
+    known: dict[sympy.Expr, int] = {}
+
+    def at(expression: sympy.Expr) -> int:
+        found = known.get(expression)
+        if found is None:
+            number = sympy.sympify(expression).xreplace(replaced)
+            if number.free_symbols:
+                missing = ", ".join(sorted(map(str, number.free_symbols)))
+                raise InputError(f"The size {missing} is missing: {expression} depends on it.")
+            found = known[expression] = int(number)
+        return found
+
+    return at
