@@ -1,8 +1,11 @@
-"""The analytic cost model: parameters, multiply-accumulates and attention-map bytes, exact, in symbolic sizes."""
+"""The analytic cost model: parameters, multiply-accumulates, bytes and maps as closed forms; peak memory; latency."""
 
 from .count import Counts, count
+from .device import Device
+from .latency import Prediction, predict
 from .macs import formula, macs_of
 from .maps import AttentionMap
+from .memory import peak_bytes
 from .operations import Access, Operation, operations
 from .summary import Numbers, Summary, summarise
 
@@ -10,12 +13,16 @@ __all__ = [
     "Access",
     "AttentionMap",
     "Counts",
+    "Device",
     "Numbers",
     "Operation",
+    "Prediction",
     "Summary",
     "count",
     "formula",
     "macs_of",
     "operations",
+    "peak_bytes",
+    "predict",
     "summarise",
 ]

@@ -55,7 +55,7 @@ def peak_bytes(
         tensors = {name: _stand_in(tensor) for name, tensor in names}
         given = pytree.tree_map_only(torch.Tensor, _stand_in, (args, dict(kwargs)))
     liveness = _Liveness(fakes)
-    with _mode(model, training), torch.set_grad_enabled(training), fakes, liveness:
+    with _mode(model, training), _separate_operators(), torch.set_grad_enabled(training), fakes, liveness:
         result = torch.func.functional_call(model, tensors, *given, strict=False)
         if training:
             _backward(result)
@@ -85,6 +85,17 @@ def _mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def _separate_operators() -> Iterator[None]:
+    """Without the fused inference path of `torch.nn.TransformerEncoderLayer`, which hides what it allocates."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Liveness(TorchDispatchMode):

@@ -92,7 +92,14 @@ class Parts:
 
     def _attention(self, place: str, module: str | None) -> str:
         """Whether the attentions of a layer or a module, or of a module in a layer, all use the maps of others."""
-        near = {site: there for site, there in self.sites.items() if place in (there[0], _plain(there[0]), there[1])}
+        layers = {there[0] for there in self.sites.values()}
+        exactly = place if place in layers else None
+        around = _enclosing(place, map(_plain, layers))
+        near = {
+            site: there
+            for site, there in self.sites.items()
+            if (there[0] == exactly if exactly else _plain(there[0]) == around)
+        }
         exact = {site for site, there in near.items() if there[1] == module} or set(near)
         return "reused attention" if exact and exact <= self.followers else "attention"
 

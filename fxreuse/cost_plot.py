@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .cost_report import CostReport, Row
 
 _SCALES = {"MAC": (1e9, "GMACs"), "B": (2**20, "MiB"), "s": (1e-3, "ms")}
+_WIDE = 3
 _DRAWN = ("MACs", "attention maps", "peak memory", "latency")
 
 
@@ -26,9 +27,13 @@ def draw(report: CostReport, path: Path) -> None:
         )
     plots = _matplotlib()
     rows = [row for row in report.rows if row.name.startswith(_DRAWN)]
-    figure, axes = plots.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.6), squeeze=False, layout="constrained")
-    for row, axis in zip(rows, axes[0], strict=True):
+    lines = -(-len(rows) // _WIDE)
+    figure, axes = plots.subplots(lines, _WIDE, figsize=(4.2 * _WIDE, 3.4 * lines), squeeze=False, layout="constrained")
+    panels = list(axes.flat)
+    for row, axis in zip(rows, panels, strict=False):
         _panel(axis, report, row, columns)
+    for axis in panels[len(rows) :]:
+        axis.set_visible(False)
     fixed = ", ".join(f"{name} = {size:,}" for name, size in report.fixed().items() if name != report.running)
     plan = f", plan {report.plan}" if report.plan else ""
     figure.suptitle(f"{report.model}{plan}" + (f", {fixed}" if fixed else ""))

@@ -7,7 +7,7 @@ import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,15 @@ import sympy
 
 from . import cost_tables
 from .attention import AttentionSite
+from .cost_model.device import Device
+from .cost_model.latency import Prediction, predict
 from .cost_model.parts import PARTS, Parts
 from .cost_model.summary import Numbers, Summary
 from .decoding import Decoding, decoding
 from .record import Record
+
+#: The ways of running a model that latency is predicted for.
+WAYS = ("eager", "compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +54,12 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a model (see `cost_model.parts.PARTS`): its parameters, its MACs, its predicted seconds if known."""
+    """A part of a model (see `cost_model.parts.PARTS`): its parameters, its MACs, and the seconds predicted of it."""
 
     name: str
     params: int
     macs: int
-    seconds: float | None = None
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,7 @@ class CostReport:
 
     ``before`` and ``after`` have ``.params``, and ``.macs``, ``.map_bytes``, ``.weight_bytes`` and more as expressions
     in the sizes; ``.at(B=1, T=512)`` gives numbers, ``.at(…).peak_bytes`` among them. ``at`` are the sizes that the
-    tables show. Without a plan ``after`` is ``before``.
+    tables show, ``device`` is what latency is predicted for. Without a plan ``after`` is ``before``.
     """
 
     model: str
@@ -74,6 +79,7 @@ class CostReport:
     sites: tuple[AttentionSite, ...]
     record: Record | None
     at: tuple[Mapping[str, int], ...]
+    device: Device
 
     @functools.cached_property
     def numbers(self) -> tuple[tuple[Numbers, Numbers], ...]:
@@ -110,10 +116,25 @@ class CostReport:
 
         return (
             row("MACs", "MAC", "macs"),
-            row("attention maps", "B", "map_bytes"),
+            row("attention maps, written out", "B", "map_bytes"),
             row("bytes moved", "B", "bytes_moved"),
             row("peak memory", "B", "peak_bytes"),
+            *(
+                Row(f"latency, {way}", "s", self._seconds(self.before, way), self._seconds(self.after, way))
+                for way in WAYS
+            ),
         )
+
+    def _seconds(self, summary: Summary, way: str) -> tuple[float, ...]:
+        return tuple(self.latency(summary, way, sizes).seconds for sizes in self.at)
+
+    def latency(self, summary: Summary, way: str, sizes: Mapping[str, int]) -> Prediction:
+        """The predicted latency of ``before`` or ``after``, ``"eager"`` or ``"compiled"``, at some sizes.
+
+        Raises:
+            InputError: for sizes that do not fit, or a dtype that the device lacks.
+        """
+        return predict(summary.operations, summary.values(**sizes), self.device, compiled=way == "compiled")
 
     @functools.cached_property
     def savings(self) -> tuple[Saving, ...]:
@@ -138,14 +159,25 @@ class CostReport:
         return tuple(sorted(found, key=lambda s: (-int(sympy.sympify(s.macs).xreplace(numbers)), -s.params)))
 
     def breakdown(self, **sizes: int) -> dict[str, tuple[Part, ...]]:
-        """Parameters and multiply-accumulates of every part of the model, ``"before"`` and ``"after"``.
+        """Parameters, MACs and predicted time of every part of the model, ``"before"`` and ``"after"``.
 
         Arguments:
             sizes: as of `Summary.at`; the largest of the tables where left out.
         """
         followers = [] if self.record is None else [d.site for d in self.record.decisions if d.action == "follow"]
         pairs = {"before": (self.before, self.parts), "after": (self.after, self.parts.following(followers))}
-        return {name: tuple(_parts(summary, parts, sizes or self.at[-1])) for name, (summary, parts) in pairs.items()}
+        return {
+            name: tuple(self._parts(summary, parts, sizes or self.at[-1])) for name, (summary, parts) in pairs.items()
+        }
+
+    def _parts(self, summary: Summary, parts: Parts, sizes: Mapping[str, int]) -> list[Part]:
+        numbers = {symbol: sympy.Integer(size) for symbol, size in summary.values(**sizes).items()}
+        params = dict.fromkeys(PARTS, 0)
+        for path, count in summary.counts.params_by_module.items():
+            params[parts.of_module(path) or parts.of_layer(path)] += count
+        macs = {name: int(amount.xreplace(numbers)) for name, amount in summary.counts.macs_by_part.items()}
+        seconds = self.latency(summary, "eager", sizes).by(lambda operation: operation.part)
+        return [Part(name, params[name], macs.get(name, 0), seconds.get(name, 0.0)) for name in PARTS]
 
     @functools.cached_property
     def decoding(self) -> Decoding | None:
@@ -164,6 +196,7 @@ class CostReport:
         found = {
             "model": self.model,
             "plan": self.plan,
+            "device": self.device.name,
             "convention": " ".join(cost_tables.CONVENTION),
             "relations": {name: cost_tables.length_text(length) for name, length in self.before.relations.items()},
             "before": _totals(self.before),
@@ -177,7 +210,7 @@ class CostReport:
         return json.dumps(found, indent=indent, ensure_ascii=False)
 
     def plot(self, path: str | Path) -> None:
-        """Draw MACs and memory against the length, before and after, into a PNG or SVG file.
+        """Draw MACs, memory and latency against the length, before and after, into a PNG or SVG file.
 
         Raises:
             UnsupportedError: matplotlib is not installed.
@@ -204,15 +237,6 @@ def _template(path: str) -> str:
     'encoder.layer.{i}.attention'
     """
     return re.sub(r"(?<=[.@])\d+(?=\.|@|$)", "{i}", path)
-
-
-def _parts(summary: Summary, parts: Parts, sizes: Mapping[str, int]) -> Sequence[Part]:
-    numbers = {symbol: sympy.Integer(size) for symbol, size in summary.values(**sizes).items()}
-    params = dict.fromkeys(PARTS, 0)
-    for path, count in summary.counts.params_by_module.items():
-        params[parts.of_module(path) or parts.of_layer(path)] += count
-    macs = {name: int(amount.xreplace(numbers)) for name, amount in summary.counts.macs_by_part.items()}
-    return [Part(name, params[name], macs.get(name, 0)) for name in PARTS]
 
 
 def _totals(summary: Summary) -> dict[str, Any]:

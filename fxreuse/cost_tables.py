@@ -39,14 +39,19 @@ def breakdown(report: CostReport, form: str = "simple") -> str:
     for when, parts in report.breakdown().items():
         if when == "after" and not report.plan:
             continue
-        params, macs = (sum(getattr(part, field) for part in parts) for field in ("params", "macs"))
+        params, macs, seconds = (sum(getattr(p, field) for p in parts) for field in ("params", "macs", "seconds"))
         rows = [
-            [part.name, f"{part.params:,}", _share(part.params, params), count_text(part.macs), _share(part.macs, macs)]
+            [
+                part.name,
+                *(f"{part.params:,}", _share(part.params, params)),
+                *(count_text(part.macs), _share(part.macs, macs)),
+                *(time_text(part.seconds), _share(part.seconds, seconds)),
+            ]
             for part in parts
             if part.params or part.macs
         ]
-        rows.append(["all", f"{params:,}", "", count_text(macs), ""])
-        headers = [when, "parameters", "share", "MACs", "share"]
+        rows.append(["all", f"{params:,}", "", count_text(macs), "", time_text(seconds), ""])
+        headers = [when, "parameters", "share", "MACs", "share", "predicted, eager", "share"]
         tables.append(_table(rows, headers, form))
     sizes = ", ".join(f"{name} = {size:,}" for name, size in report.numbers[-1][0].sizes.items())
     return "\n\n".join([f"parts of the model at {sizes}", *tables])
@@ -62,6 +67,15 @@ def bytes_text(size: float) -> str:
     return f"{size / factor:.2f} {unit}" if factor > 1 else f"{size:.0f} {unit}"
 
 
+def time_text(seconds: float) -> str:
+    """A time for people.
+
+    >>> time_text(0.0123), time_text(2.5)
+    ('12.3 ms', '2.50 s')
+    """
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def count_text(number: float) -> str:
     """A number of operations for people.
 
@@ -72,6 +86,9 @@ def count_text(number: float) -> str:
     return f"{number / factor:.2f} {unit}" if factor > 1 else f"{number:.0f}"
 
 
+_SHOWN = {"B": bytes_text, "MAC": count_text, "s": time_text}
+
+
 def polynomial(expression: sympy.Expr) -> str:
     """An expression as a person writes it, with the highest powers first.
 
@@ -80,7 +97,7 @@ def polynomial(expression: sympy.Expr) -> str:
     '384·B·T² + 7,077,888·B·T'
     """
     terms = sorted(sympy.Add.make_args(sympy.expand(expression)), key=_order)
-    return " + ".join(map(_term, terms)).replace("+ -", "− ")
+    return " + ".join(map(_term, terms)).replace("+ -", "- ")
 
 
 def _order(term: sympy.Expr) -> tuple[int, str]:
@@ -125,7 +142,7 @@ def _title(report: CostReport, form: str) -> str:
     plan = f", plan {report.plan}" if report.plan else ""
     relations = [f"{name} = {length_text(length)}" for name, length in report.before.relations.items()]
     heading = [f"## {report.model}{plan}", ""] if form == "github" else [f"{report.model}{plan}"]
-    return "\n".join([*heading, *CONVENTION, *relations])
+    return "\n".join([*heading, *CONVENTION, f"Latency is predicted for {report.device.name}.", *relations])
 
 
 def _totals(report: CostReport, form: str) -> str:
@@ -157,7 +174,7 @@ def _lengths(report: CostReport, form: str) -> str:
     columns = [f"{report.running} = {value:,}" if value else "" for value in report.columns()]
     rows: list[list[str]] = []
     for row in report.rows:
-        shown = bytes_text if row.unit == "B" else count_text
+        shown = _SHOWN[row.unit]
         if not report.plan:
             rows.append([row.name, *map(shown, row.before)])
             continue

@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .apply import rewrite
+from .cost_model.device import Device
 from .cost_model.parts import Parts
 from .cost_model.summary import Summary, summarise
 from .cost_report import CostReport
@@ -35,7 +36,7 @@ def report(
     plan: str | Plan | None = None,
     example_inputs: Any = None,
     *,
-    device: str | None = None,
+    device: Device | torch.device | str | None = None,
     sizes: Sizes | None = None,
     target: str | None = None,
 ) -> CostReport:
@@ -46,7 +47,9 @@ def report(
         plan: such as ``"4x4"``, see `Plan`; without one the report is of the model alone.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; inferred where left
             out.
-        device: the device that latency is predicted for.
+        device: what latency is predicted for: ``"cpu"`` measures this machine once, ``"A100"`` and the like are known
+            (see `cost_model.Device`). Where left out, a GPU that the model is on, or else a CPU: this one, if it was
+            measured, and otherwise a typical one.
         sizes: the sizes that the report shows, by name: ``{"B": 1, "T": (128, 512)}``; one of them may have several
             values. Where left out, ``B`` is the example's batch (1 where there is no example) and ``T`` runs over
             `LENGTHS`; other lengths are as ``T``.
@@ -57,7 +60,8 @@ def report(
 
     Raises:
         PlanError, CaptureError, UnsupportedError: as `fxreuse.apply`.
-        InputError: for a size that the model does not have or take.
+        InputError: for a size that the model does not have or take, a device that is not known, or one that lacks the
+            model's dtype.
 
     >>> import torch, fxreuse
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
@@ -70,6 +74,7 @@ def report(
     >>> found.after.at(B=8, T=512).macs
     230686720
     """
+    where = _device(model, device)
     parsed = None if plan is None else Plan.of(plan)
     if target is not None:
         model, example_inputs = captured_inputs(model, target, example_inputs)
@@ -85,7 +90,7 @@ def report(
         record = small.record
         followers = [decision.site for decision in record.decisions if decision.action == "follow"]
         after = summarise(small.program, shapes, parts=parts.following(followers), model=small)
-    return CostReport(
+    found = CostReport(
         model=program.name,
         plan="" if parsed is None else str(parsed),
         before=before,
@@ -94,7 +99,19 @@ def report(
         sites=tuple(sites),
         record=record,
         at=tuple(_at(before, _defaults(before, example_inputs) | dict(sizes or {}))),
+        device=where,
     )
+    found.latency(before, "eager", found.at[0])  # which raises where the device lacks a dtype
+    return found
+
+
+def _device(model: torch.nn.Module | ExportedProgram, device: Device | torch.device | str | None) -> Device:
+    """The device that latency is predicted for."""
+    if device is not None:
+        return Device.of(device)
+    tensors = model.state_dict.values() if isinstance(model, ExportedProgram) else model.parameters()
+    on = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return Device.of(on) if on.type == "cuda" else Device.typical_cpu()
 
 
 def _without_single_values(program: Program) -> Program:
@@ -133,7 +150,7 @@ def _at(summary: Summary, sizes: Sizes) -> Iterator[dict[str, int]]:
     if len(several) > 1:
         raise InputError(f"sizes: one of them may have several values, found several for {' and '.join(several)}.")
     running = several[0] if several else "T"
-    fixed = {name: value for name, value in sizes.items() if isinstance(value, int)}
+    fixed = {name: value for name, value in sizes.items() if not isinstance(value, Sequence)}
     if running in fixed or (running not in summary.names.sizes and not several):
         yield _filled(summary, fixed)
         return

@@ -19,6 +19,7 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+import fxreuse
 from fxreuse.cost_model import Numbers, Summary, count, formula, macs_of, summarise
 from fxreuse.cost_model.einsum import einsum_macs
 from fxreuse.cost_model.solve import solve
@@ -510,9 +511,19 @@ class TestSummary:
 
     def test_hubert_base_on_ten_seconds(self, hubert_base):
         sizes = {"B": 1, "input_values_1": 160_000, "T": 499}
-        expected = Numbers(94_371_712, 74_066_523_136, 12 * 12 * 499**2 * 4, sizes)
-        assert hubert_base.at(B=1, input_values_1=160_000) == expected
-        assert hubert_base.at_example({"input_values": (1, 160_000)}) == expected
+        found = hubert_base.at(B=1, input_values_1=160_000)
+        assert (found.params, found.macs, found.map_bytes) == (94_371_712, 74_066_523_136, 12 * 12 * 499**2 * 4)
+        assert found.sizes == sizes
+        assert hubert_base.at_example({"input_values": (1, 160_000)}) == found
+
+    def test_a_polynomial_in_the_length_of_the_layers(self, hubert_base):
+        b, t = hubert_base.symbols["B"], hubert_base.symbols["T"]
+        layers, d, f = 12, 768, 3072
+        assert hubert_base.macs.coeff(b * t**2) == layers * 2 * d
+        positions, projection, last_convolution = 128 * d * d // 16, 512 * d, 2 * 512 * 512
+        expected = layers * (4 * d * d + 2 * d * f) + positions + projection + last_convolution
+        assert hubert_base.macs.coeff(b * t).subs(t, 0) == expected
+        assert set(hubert_base.relations) == {"T"}
 
     def test_a_derived_length_takes_the_smallest_input_that_gives_it(self, hubert_base):
         found = hubert_base.at(B=1, T=499).sizes["input_values_1"]
