@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -86,18 +87,27 @@ def _form(value: Any) -> Hashable:
 
 
 def evaluate(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value of a call over the values of its arguments: with fake tensors, nothing is computed."""
+    """The value of a call over the values of its arguments: with fake tensors, nothing is computed.
+
+    Sizes that are free stay free: the kernels of some composite operators (``pad``) would take their numbers, but not
+    their forms in Python.
+    """
     values = map_nodes((args, kwargs), lambda node: node.meta["val"])
     found: list[Any] = []
     map_nodes((args, kwargs), lambda node: found.append(node.meta["val"]))
     mode = detect_fake_mode([value for value in found if isinstance(value, torch.Tensor)])
-    with mode or contextlib.nullcontext(), torch.enable_grad():
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.enable_grad():
         return function(*values[0], **values[1])
 
 
 def map_nodes(value: Any, function: Callable[[fx.Node], Any]) -> Any:
     """The same structure with a function applied to every node in it."""
     return fx.node.map_arg(value, function)
+
+
+def share_values(graph: fx.Graph, copy: fx.Graph) -> None:
+    """Let what is known of the values of calls in one graph be known of those in a copy, and the other way round."""
+    _values[copy] = _values.setdefault(graph, {})
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

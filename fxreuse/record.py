@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
@@ -25,6 +25,54 @@ class Decision:
     reason: str = ""
     removed: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedMatrix:
+    """What was done with one weight matrix of one layer.
+
+    ``weight`` is the path that its parameter has in the original, ``role`` what it makes (``"query"``, ``"key"``,
+    ``"value"``, empty for anything else) and ``shape`` its inputs and outputs. ``place`` numbers the places of the
+    layer's projections, and ``group`` is the first layer of its group. ``shared`` is the path of the weight U that it
+    reads now. ``residual`` has the paths of A, B and D of its own, as far as it has them, ``rank`` that of A B, and
+    ``lowering`` how they are computed, for a ``reason``. ``error`` is ‖W − U − AB − D‖ / ‖W‖ in Frobenius norms, and
+    ``bias_error`` the same of the bias, where they were fitted. ``axis`` is the axis of outputs in the parameter, and
+    ``rows`` and ``shared_rows`` are the indices there that make it, in the original and in the shared weight.
+    """
+
+    weight: str
+    role: str
+    stack: str
+    layer: int
+    place: int
+    group: int
+    shape: tuple[int, int]
+    shared: str
+    axis: int
+    rows: Sequence[int]
+    shared_rows: Sequence[int]
+    bias: str | None = None
+    shared_bias: str | None = None
+    residual: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rank: int = 0
+    lowering: str | None = None
+    reason: str = ""
+    error: float | None = None
+    bias_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FitError:
+    """How far the outputs are from those before a fit, on the example inputs, relative in Frobenius norms.
+
+    ``weights`` is what the fitted weights cause alone, with every layer's own biases, and ``biases`` what shared biases
+    cause alone, with every layer's own weights.
+    """
+
+    stack: str
+    output: float
+    weights: float
+    biases: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +108,8 @@ class Record:
     added: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     buffers_removed: tuple[str, ...] = ()
+    matrices: tuple[SharedMatrix, ...] = ()
+    fits: tuple[FitError, ...] = ()
 
     @property
     def parameters_removed(self) -> int:

@@ -19,7 +19,7 @@ from fxreuse.errors import CaptureError, InputError
 from fxreuse.example_sizes import widen_batch
 from fxreuse.frontend import load_program
 from fxreuse.inputs import Inputs
-from fxreuse.program import Leaf, Program
+from fxreuse.program import FOLLOWS, Leaf, Program
 
 from .running import changes, named_tensors, snapshot
 
@@ -224,6 +224,22 @@ def test_conversions_that_change_nothing_leave_no_trace() -> None:
     assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
     assert "to" not in vars(model.linear)
     assert model.double().linear.weight.dtype is torch.float64
+
+
+class Remembering(nn.Module):
+    """Keeps the length that it saw last, as Funnel does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.length = x.shape[1]
+        return x * torch.arange(self.length).to(x.dtype)[:, None]
+
+
+def test_a_length_that_a_model_remembers_does_not_hide_what_follows_its_dtype() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Remembering())
+    program = capture(model, torch.randn(X))
+    (cast,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)
+    assert cast.meta[FOLLOWS]
+    assert program.notes == ()
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -5,18 +5,17 @@ A model is captured once for all its rows: no pass changes the program that it i
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from models.conformer import Conformer
 from models.hubert_student import HubertStudent, frames
 
 import fxreuse
+from fxreuse.frontend import load_program
 from fxreuse.program import Program
 
-# The module: its name in the package is that of the function.
-apply_module = importlib.import_module("fxreuse.apply")
+from .handwritten import exported
+from .running import apply_captured
 
 # Table 2 of Recycle-and-Distill, and its MaskHuBERT and ARMHuBERT: width, feed-forward width, plan, parameters, and the
 # feed-forward width that comes out.
@@ -52,14 +51,6 @@ CONFORMER_PLANS = [
 Captured = tuple[torch.nn.Module, Program]
 
 
-def applied(captured: Captured, plan: str) -> torch.nn.Module:
-    """What `fxreuse.apply` makes of a captured model."""
-    model, program = captured
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apply_module, "load_program", lambda *_: program)
-        return fxreuse.apply(model, plan)
-
-
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -72,14 +63,14 @@ def students() -> dict[tuple[int, int], Captured]:
         inputs = torch.zeros(2, 3000), torch.zeros(2, frames(3000), dtype=torch.bool)
         for sizes in ((432, 816), (480, 640)):
             model = HubertStudent(*sizes).eval()
-            made[sizes] = model, apply_module.load_program(model, inputs)
+            made[sizes] = model, load_program(model, inputs)
     return made
 
 
 @pytest.mark.parametrize(("dim", "width", "plan", "parameters", "wider"), ARMHUBERT)
 def test_armhubert(students, dim, width, plan, parameters, wider):
     model, program = students[dim, width]
-    small = applied((model, program), plan)
+    small = apply_captured(model, program, plan)
     record = fxreuse.describe(small)
     assert count(small) == parameters
     assert count(model) - record.parameters_removed + record.parameters_added == parameters
@@ -93,7 +84,7 @@ def test_armhubert(students, dim, width, plan, parameters, wider):
 @pytest.fixture(scope="module")
 def conformer() -> Captured:
     model = Conformer().eval()
-    return model, apply_module.load_program(model, torch.randn(2, 16, 256))
+    return model, exported(model, torch.randn(2, 16, 256))
 
 
 @pytest.mark.parametrize(("groups", "count_of_groups"), CONFORMER_PLANS)
@@ -102,7 +93,7 @@ def test_conformer(conformer, groups, count_of_groups):
 
     Relative positions save more than wider values cost, so there is no note that nothing is gained.
     """
-    small = applied(conformer, f"{groups} values=2")
+    small = apply_captured(*conformer, f"{groups} values=2")
     record = fxreuse.describe(small)
     assert count(small) == CONFORMER[count_of_groups]
     assert count(conformer[0]) - record.parameters_removed + record.parameters_added == CONFORMER[count_of_groups]
