@@ -117,7 +117,7 @@ def kept(threads: int) -> Device | None:
     """What was measured earlier; None where there is nothing that can be read."""
     try:
         return Device.from_json(cache_file(threads).read_text())
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

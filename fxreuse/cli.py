@@ -110,7 +110,12 @@ def _verify(options: argparse.Namespace) -> bool:
         progress(f"applying {options.plan}")
         rewritten = fxreuse.apply(loaded.model, options.plan, loaded.example_inputs)
         result = fxreuse.verify(
-            loaded.model, rewritten, loaded.example_inputs, compile=options.compile, progress=progress
+            loaded.model,
+            rewritten,
+            loaded.example_inputs,
+            compile=options.compile,
+            breakdown=options.breakdown,
+            progress=progress,
         )
     print(result.to_json() if options.json else result)
     return result.passed
@@ -176,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     verify.add_argument("--plan", required=True, help="for instance 2x6: groups of 2 layers, 6 of them")
     verify.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
+    verify.add_argument("--breakdown", action="store_true", help="measure the time of every part, too")
     verify.set_defaults(run=_verify)
 
     demonstrate = commands.add_parser("demo", help="everything in one run, on HuBERT-base and ten seconds of audio")
