@@ -11,7 +11,7 @@ from .cost_report import CostReport
 from .errors import CaptureError, FxReuseError, InputError, PlanError, UnsupportedError
 from .map_workspace import release_workspaces
 from .plan import Plan
-from .record import Decision, Note, Record
+from .record import Decision, FitError, Note, Record, SharedMatrix
 from .report import report
 from .verify import Verification, verify
 from .warn import TrainingWarning
@@ -24,12 +24,14 @@ __all__ = [
     "CaptureError",
     "CostReport",
     "Decision",
+    "FitError",
     "FxReuseError",
     "InputError",
     "Note",
     "Plan",
     "PlanError",
     "Record",
+    "SharedMatrix",
     "TrainingWarning",
     "UnsupportedError",
     "Verification",

@@ -82,7 +82,7 @@ class Note:
     ``kind`` is ``"training"`` (behaviour in training mode that the rewritten model does not have), ``"size"`` (a
     dimension that was specialised), ``"mask"`` (a mask that was proved trivial), ``"layerdrop"`` (layers that it
     spares), ``"outline"`` (a layer that stayed in the flat graph), ``"cost"`` (something that undoes what reuse
-    saves) or ``"capture"``.
+    saves), ``"fit"`` (what residuals start from) or ``"capture"``.
     """
 
     kind: str
@@ -123,14 +123,39 @@ class Record:
 
     def __str__(self) -> str:
         rows = [[d.layer, d.site, d.action, d.leader or "", d.lowering or ""] for d in self.decisions]
-        table = tabulate(rows, headers=["layer", "site", "action", "leader", "lowering"], disable_numparse=True)
+        headers = ["layer", "site", "action", "leader", "lowering"]
+        table = [tabulate(rows, headers=headers, disable_numparse=True)] if rows else []
         reasons = dict.fromkeys(f"{d.lowering}: {d.reason}" for d in self.decisions if d.lowering)
         lines = [
             f"plan {self.plan}",
             "stacks " + ", ".join(f"{name} ({count} layers)" for name, count in self.stacks.items()),
-            table,
+            *table,
             *reasons,
+            *self._weights(),
             f"parameters removed {self.parameters_removed:,}, added {self.parameters_added:,}",
         ]
         lines += [f"note [{note.kind}] {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _weights(self) -> list[str]:
+        """A table of the shared weights, a line for each place and role, and what a fit changes in the outputs."""
+        places: dict[tuple[str, int, str], list[SharedMatrix]] = {}
+        for one in self.matrices:
+            places.setdefault((one.stack, one.place, one.role), []).append(one)
+        rows = []
+        for found in places.values():
+            first = found[0]
+            errors = [one.error for one in found if one.error is not None]
+            row = [first.weight + (f" ({first.role})" if first.role else ""), "×".join(map(str, first.shape))]
+            row += [str(len(found)), str(len({(one.shared, tuple(one.shared_rows)) for one in found}))]
+            row += [str(first.rank or ""), "yes" if "D" in first.residual else "no", first.lowering or ""]
+            row += [f"{sum(errors) / len(errors):.3g} ({max(errors):.3g})" if errors else ""]
+            rows.append(row)
+        headers = ["weight, first layer", "shape", "layers", "weights", "rank", "diagonal", "lowering", "error (worst)"]
+        lines = [tabulate(rows, headers=headers, disable_numparse=True)] if rows else []
+        lines += [
+            f"outputs of {fit.stack}: relative error {fit.output:.3g}; of the weights alone {fit.weights:.3g}, "
+            f"of shared biases alone {fit.biases:.3g}"
+            for fit in self.fits
+        ]
+        return lines

@@ -371,3 +371,31 @@ def test_projections_correspond_by_their_place_and_not_by_name_or_order():
     block = find_block(program, sites, next(iter(sites.stacks)))
     pairs = {tuple(path.split(".")[2] for path in place.weights) for place in block.places}
     assert pairs == {("q", "k"), ("k", "v"), ("v", "q"), ("o", "up"), ("gate", "o"), ("up", "gate")}
+
+
+def test_verify_compares_with_the_weights_that_are_meant():
+    model, program, inputs = captured("interleaved")
+    small = applied(model, program, "2+1 | residual k=3 r=2", inputs)
+    check = fxreuse.verify(model, small, inputs, compile=False, latency=False)
+    assert check.passed
+    assert check.outputs.required
+    assert check.outputs.against == "eager sharing, 1 follower, its weights shared"
+    wrong = copy.deepcopy(small)
+    matrix = next(one for one in fxreuse.describe(wrong).matrices if one.layer == 2 and one.residual)
+    owner = wrong.get_submodule("layers.2")
+    assert matrix.residual["D"].startswith("layers.2.")
+    node = next(node for node in owner.graph.nodes if node.op == "get_attr" and node.target.endswith("D"))
+    with owner.graph.inserting_after(node):
+        zero = owner.graph.call_function(torch.ops.aten.mul.Tensor, (node, 0.5))
+    node.replace_all_uses_with(zero, delete_user_cb=lambda user: user is not zero)
+    owner._set_graph(owner.graph)
+    assert not fxreuse.verify(model, wrong, inputs, compile=False, latency=False).passed
+
+
+def test_the_record_prints_a_line_for_each_place():
+    model, program, inputs = captured("split")
+    text = str(fxreuse.describe(applied(model, program, "residual k=2 r=3", inputs)))
+    assert "weight, first layer" in text
+    assert text.count("8×8 ") == 4
+    assert "of shared biases alone" in text
+    assert "layer    site" not in text
