@@ -11,6 +11,8 @@ from .cost_report import CostReport
 from .errors import CaptureError, FxReuseError, InputError, PlanError, UnsupportedError
 from .map_workspace import release_workspaces
 from .plan import Plan
+from .prune import PruneStep, prune, prune_schedule
+from .pruning import SitePruning
 from .record import Decision, Note, Record
 from .report import report
 from .verify import Verification, verify
@@ -29,13 +31,17 @@ __all__ = [
     "Note",
     "Plan",
     "PlanError",
+    "PruneStep",
     "Record",
+    "SitePruning",
     "TrainingWarning",
     "UnsupportedError",
     "Verification",
     "apply",
     "describe",
     "find_attention",
+    "prune",
+    "prune_schedule",
     "release_workspaces",
     "report",
     "verify",
