@@ -9,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .attention import AttentionSites
+from .blueprint import Blueprint
 from .emit import emit
 from .errors import FxReuseError, PlanError, UnsupportedError
 from .find import find
@@ -16,13 +17,16 @@ from .frontend import load_program
 from .inputs import check_model
 from .lay_plan import lay_plan
 from .leaves import example_leaves
+from .lengths import bound_lengths
 from .passes.fold_modules import fold_modules
 from .plan import Plan, Reuse
+from .plan_fiak import Fiak
 from .program import Program
 from .record import Record
 from .rewritten import Rewritten
 from .target import captured_inputs, replace_submodule
 from .warn import warn_of_losses
+from .weigh import weigh, with_priors
 
 
 def apply(
@@ -97,9 +101,18 @@ def rewrite(
             + (f"Softmaxes that were looked at: {reasons}." if reasons else "Its graph has no softmax at all.")
         )
     _check_again(model, plan)
-    program, record = lay_plan(program, sites, plan, lambda: example_leaves(model, program.call, example_inputs))
+    program, sites = bound_lengths(model, example_inputs, program, sites, plan)
+    weighed = weigh(program, sites, plan)
+    call = program.call
+    program, record = lay_plan(
+        weighed.program, sites, plan, lambda: example_leaves(model, call, example_inputs), captured=program
+    )
     modes = {"": False} if isinstance(model, ExportedProgram) else {p: m.training for p, m in model.named_modules()}
-    return emit(fold_modules(program), record, [site.layer_path for site in sites if site.layer_path], modes)
+    layer_paths = tuple(site.layer_path for site in sites if site.layer_path)
+    rewritten = emit(fold_modules(program), with_priors(record, weighed), layer_paths, modes)
+    if weighed.priors:
+        rewritten.blueprint = Blueprint.of(program, layer_paths, weighed.priors)
+    return rewritten
 
 
 def _check_again(model: torch.nn.Module | ExportedProgram, plan: Plan) -> None:
@@ -108,7 +121,7 @@ def _check_again(model: torch.nn.Module | ExportedProgram, plan: Plan) -> None:
     Raises:
         PlanError: the plan shares weights in a model whose layers differ by what an earlier plan did.
     """
-    if isinstance(model, ExportedProgram) or all(isinstance(step, Reuse) for step in plan.passes):
+    if isinstance(model, ExportedProgram) or all(isinstance(step, (Reuse, Fiak)) for step in plan.passes):
         return
     for module in model.modules():
         if not isinstance(module, Rewritten):

@@ -37,7 +37,9 @@ from .witness import mark_dtypes
 _MANY_LAYERS = 7
 
 
-def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None) -> Program:
+def capture(
+    model: torch.nn.Module | ExportedProgram, example_inputs: Any = None, fixed_lengths: bool = False
+) -> Program:
     """Capture a model as one flat graph with free sizes.
 
     Batch and lengths stay free wherever the model allows it; image axes are fixed. Capture runs in evaluation mode
@@ -46,6 +48,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     Arguments:
         model: any module, or a program that `torch.export` made.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; inferred where left out.
+        fixed_lengths: leave only the batch free. (The sizes of an exported program are what they are.)
 
     Raises:
         CaptureError: where no way of capturing works; it names the line at fault and what to try.
@@ -57,7 +60,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     with untouched(model), eval_mode(model), caches_off(model):
         facts = probe(model, inputs.args, inputs.kwargs)
         with untouched(model), marked(model) as modules:  # what a forward leaves in a module has free sizes here
-            program, how = _trace(model, inputs)
+            program, how = _trace(model, inputs, fixed_lengths)
         dtype_notes = mark_dtypes(program, model, inputs)
     program.notes = (*_size_notes(program, how), *dtype_notes, *facts.lost)
     program.mode_modules = modules
@@ -69,7 +72,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     return program
 
 
-def _trace(model: torch.nn.Module, inputs: Inputs) -> tuple[Program, str]:
+def _trace(model: torch.nn.Module, inputs: Inputs, fixed_lengths: bool) -> tuple[Program, str]:
     """The program, and how it was exported.
 
     A model that keeps something of its last call (a table for the length that it saw) ties the graph to that length
@@ -77,12 +80,12 @@ def _trace(model: torch.nn.Module, inputs: Inputs) -> tuple[Program, str]:
     """
 
     def attempt(given: Inputs) -> tuple[Program, str]:
-        exported, how = export(model, given)
+        exported, how = export(model, given, fixed_lengths=fixed_lengths)
         signature = inspect.signature(model.forward)
         return _to_program(exported, bind(model, given), signature, type(model).__name__), how
 
     found = attempt(inputs)
-    if not _tied(found[0]):
+    if fixed_lengths or not _tied(found[0]):
         return found
     try:
         other = attempt(shorten(inputs))
@@ -105,7 +108,9 @@ def _tied(program: Program) -> bool:
     return False
 
 
-def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[ExportedProgram, str]:
+def export(
+    model: torch.nn.Module, inputs: Inputs, attempts: int = 3, fixed_lengths: bool = False
+) -> tuple[ExportedProgram, str]:
     """Non-strict, then strict, then with fixed sizes. Returns the program and how it was made."""
     widened = widen_batch(inputs)
     ways = [
@@ -117,7 +122,7 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
     for how, given, strict, free in ways[:attempts]:
         try:
             with untouched(model), warnings.catch_warnings(), _tracing(model), named_keywords(model, given.kwargs):
-                shapes = free_shapes(model, given) if free else None
+                shapes = free_shapes(model, given, fixed_lengths) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)

@@ -21,14 +21,17 @@ from .record import Decision, FitError, Note, Record, SharedMatrix
 from .stack_choice import choose_named_stack, choose_stack
 
 
-def lay_plan(program: Program, sites: AttentionSites, plan: Plan, leaves: Leaves) -> tuple[Program, Record]:
-    """Do what a plan says.
+def lay_plan(
+    program: Program, sites: AttentionSites, plan: Plan, leaves: Leaves, captured: Program | None = None
+) -> tuple[Program, Record]:
+    """Do what a plan says, but for its fiak passes, which come first (`fxreuse.weigh`).
 
     Arguments:
         program: a normalised program; it is not changed.
         sites: its attentions.
         plan: the plan.
         leaves: gives the example inputs as the program's placeholders take them; it is called where they are needed.
+        captured: the program before anything was added to it, in which the layers of a stack are alike.
 
     Returns:
         The program after all passes, and the record.
@@ -37,13 +40,13 @@ def lay_plan(program: Program, sites: AttentionSites, plan: Plan, leaves: Leaves
         PlanError: where the plan does not fit.
         UnsupportedError: where the rewrite would not be sound.
     """
-    laying = _Laying(program, sites, plan, leaves)
+    laying = _Laying(program, sites, plan, leaves, captured or program)
     for step in plan.passes:
         if isinstance(step, Reuse):
             laying.reuse(step)
         elif isinstance(step, Share):
             laying.share(step)
-        else:
+        elif isinstance(step, Residual):
             laying.residual(step)
     return laying.program, laying.record()
 
@@ -54,9 +57,9 @@ class _Laying:
     Blocks are found in the captured program, where the layers of a stack are alike; names of nodes survive passes.
     """
 
-    def __init__(self, program: Program, sites: AttentionSites, plan: Plan, leaves: Leaves) -> None:
+    def __init__(self, program: Program, sites: AttentionSites, plan: Plan, leaves: Leaves, captured: Program) -> None:
         self.program = program
-        self._captured = program
+        self._captured = captured
         self._sites = sites
         self._plan = plan
         self._leaves = leaves

@@ -3,11 +3,11 @@
 ::
 
     plan := pass { "|" pass }
-    pass := reuse | share | residual
+    pass := reuse | share | residual | fiak
     reuse := [ "reuse" ] groups { option }
 
 The forms of groups and the options are in `FORMS` and `OPTIONS`, and every error lists them. Passes that share weights
-are in `plan_weights`. See docs/plans.md.
+are in `plan_weights`, that of priors is in `plan_fiak`. See docs/plans.md.
 `Plan.parse(str(plan)) == plan` holds for every plan.
 """
 
@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 from .errors import PlanError
 from .groups import Groups
 from .groups_text import FORMS, parse_groups
+from .plan_fiak import NAME as FIAK
+from .plan_fiak import Fiak, read_fiak
 from .plan_options import (
     LOWERINGS,
     OPTIONS,
@@ -80,7 +82,7 @@ class Reuse:
 
 
 #: A pass of a plan.
-Pass = Reuse | Share | Residual
+Pass = Reuse | Share | Residual | Fiak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +164,8 @@ def _split(terms: Sequence[_Term]) -> list[list[_Term]]:
 
 def _parse_pass(terms: Sequence[_Term]) -> Pass:
     head, *rest = terms
+    if head.text == FIAK:
+        return read_fiak([(term.text, term.error) for term in rest])
     if head.text in PASSES:
         return read_weight_pass(head.text, head.error, [(term.text, term.error) for term in rest])
     return _parse_reuse(terms)
@@ -193,9 +197,9 @@ def _parse_reuse(terms: Sequence[_Term]) -> Reuse:
 def _parse_head(term: _Term) -> Groups:
     if term.text.partition("=")[0] in READERS:
         raise term.error("groups come before options, as in '4x4 stack=NAME'")
-    if term.text in ("reuse", *PASSES):
+    if term.text in ("reuse", FIAK, *PASSES):
         raise term.error("the pass is named twice; passes are separated by '|'")
-    if near := difflib.get_close_matches(term.text.lower(), ["reuse", *PASSES], n=1, cutoff=0.7):
+    if near := difflib.get_close_matches(term.text.lower(), ["reuse", FIAK, *PASSES], n=1, cutoff=0.7):
         raise term.error(f"unknown pass (did you mean {near[0]}?)")
     try:
         return parse_groups(term.text)

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
+from .pruning import SitePruning, pruning_table
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """What was done with one attention site, and why.
 
     ``action`` is ``"keep"`` (computes its own map, nobody else uses it), ``"lead"`` (computes the map of its group),
-    ``"follow"`` (uses the map of ``leader``) or ``"skip"`` (left alone; ``reason`` says why).
+    ``"follow"`` (uses the map of ``leader``), ``"weigh"`` (its keys have priors), ``"prune"`` (was pruned by them) or
+    ``"skip"`` (left alone; ``reason`` says why).
     """
 
     site: str
@@ -110,6 +113,7 @@ class Record:
     buffers_removed: tuple[str, ...] = ()
     matrices: tuple[SharedMatrix, ...] = ()
     fits: tuple[FitError, ...] = ()
+    pruned: tuple[SitePruning, ...] = ()
 
     @property
     def parameters_removed(self) -> int:
@@ -134,6 +138,7 @@ class Record:
             *self._weights(),
             f"parameters removed {self.parameters_removed:,}, added {self.parameters_added:,}",
         ]
+        lines += [pruning_table(self.pruned)] if self.pruned else []
         lines += [f"note [{note.kind}] {note}" for note in self.notes]
         return "\n".join(lines)
 

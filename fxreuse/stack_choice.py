@@ -7,16 +7,18 @@ import difflib
 import re
 from collections.abc import Mapping
 
+from .attention import AttentionSites
 from .errors import PlanError
 from .groups import Groups, count_layers, describe_fitting, fitting
 from .plan import Reuse
+from .plan_fiak import Fiak
 from .plan_options import Match
 from .plan_weights import Residual, Share
 
-_Step = Reuse | Share | Residual
+_Step = Reuse | Share | Residual | Fiak
 
 
-def choose_stack(step: _Step, stacks: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
+def choose_stack(step: Reuse | Share | Residual, stacks: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
     """The stack that a pass is laid over, and the leader of each of its layers.
 
     Args:
@@ -68,6 +70,18 @@ def choose_named_stack(step: _Step, stacks: Mapping[str, int]) -> str:
             f"{_with_stack(step, next(iter(stacks)))!r}; they are\n" + _table(stacks)
         )
     return next(iter(stacks))
+
+
+def choose_stack_of_self_attention(fiak: Fiak, sites: AttentionSites) -> str:
+    """The stack whose keys get priors.
+
+    Raises:
+        PlanError: there is none, several, or none of the name that is given.
+    """
+    stacks = {name: len(members) for name, members in sites.stacks.items() if members[0].kind == "self"}
+    if not stacks:
+        raise PlanError(f"plan {str(fiak)!r}: the model has no stack of self-attentions whose keys could have priors")
+    return choose_named_stack(fiak, stacks)
 
 
 def _check_any(step: _Step, stacks: Mapping[str, int]) -> None:

@@ -19,8 +19,7 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-import fxreuse
-from fxreuse.cost_model import Numbers, Summary, count, formula, macs_of, summarise
+from fxreuse.cost_model import Summary, count, formula, macs_of, summarise
 from fxreuse.cost_model.einsum import einsum_macs
 from fxreuse.cost_model.solve import solve
 from fxreuse.errors import InputError, UnsupportedError
