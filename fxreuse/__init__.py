@@ -1,8 +1,8 @@
 """A compiler for cross-layer redundancy in Transformers.
 
 `apply` captures any Transformer as one `torch.fx` graph, finds its attentions by data flow, and lets groups of layers
-share one attention map or one set of weights, or gives attention priors to `prune` it by. `find_attention` shows what was found, `report` what a plan saves, `describe` what was done,
-`verify` whether it is right and what it gains.
+share one attention map or one set of weights, or gives attention priors that `prune` cuts by. `find_attention` shows
+what was found, `report` what a plan saves, `describe` what was done, `verify` whether it is right and what it gains.
 """
 
 from .apply import apply, describe, find_attention
