@@ -292,20 +292,17 @@ def _read_memory(times: Mapping[str, float]) -> tuple[float, float, float]:
 
 def _products() -> dict[str, Run]:
     runs: dict[str, Run] = {}
-    for case in _LINEAR:
-        m, k, n = case
-        runs[f"linear {case}"] = functools.partial(torch.nn.Linear(k, n), torch.randn(m, k))
-    for case in (*_BATCHED, *_RAGGED):
-        batch, m, k, n = case
+    for m, k, n in _LINEAR:
+        runs[f"linear {(m, k, n)}"] = functools.partial(torch.nn.Linear(k, n), torch.randn(m, k))
+    for batch, m, k, n in (*_BATCHED, *_RAGGED):
         right = torch.randn(batch, n, k).transpose(1, 2) if k < n else torch.randn(batch, k, n)
         out = torch.empty(batch, m, n)
-        runs[f"batched {case}"] = functools.partial(torch.bmm, torch.randn(batch, m, k), right, out=out)
-    for case in (*_CONVOLUTION, *_DEPTHWISE):
-        inputs, outputs, length, kernel, stride, groups = case
+        runs[f"batched {(batch, m, k, n)}"] = functools.partial(torch.bmm, torch.randn(batch, m, k), right, out=out)
+    for inputs, outputs, length, kernel, stride, groups in (*_CONVOLUTION, *_DEPTHWISE):
         padding = kernel // 2 if stride == 1 else 0
         layer = torch.nn.Conv1d(inputs, outputs, kernel, stride, padding, groups=groups)
         signal = torch.randn(1, inputs, length if padding else length + kernel - 1)
-        runs[f"convolution {case}"] = functools.partial(layer, signal)
+        runs[f"convolution {(inputs, outputs, length, kernel, stride, groups)}"] = functools.partial(layer, signal)
     return runs
 
 
@@ -338,8 +335,8 @@ def _read_rate(
         spent.append(max(seconds - overhead, seconds / 4))
     best = max(macs / seconds for (macs, *_), seconds in zip(terms, spent, strict=True))
     extra = fit_times([others for _, *others in terms], spent, [macs / best for macs, *_ in terms])
-    m, n, k = (seconds * best for seconds in extra)
-    return Rate(best, (m, n, k))
+    of_m, of_n, of_k = (seconds * best for seconds in extra)
+    return Rate(best, (of_m, of_n, of_k))
 
 
 def _read_ragged(times: Mapping[str, float], cache: float) -> float:

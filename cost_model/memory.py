@@ -71,7 +71,7 @@ def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
 
 def _backward(result: Any) -> None:
     outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    sum(output.sum() for output in outputs).backward()
+    torch.autograd.backward([output.sum() for output in outputs])
 
 
 @contextlib.contextmanager

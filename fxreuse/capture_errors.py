@@ -42,7 +42,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
 
 
-def line_at_fault(error: Exception) -> str:
+def line_at_fault(error: BaseException) -> str:
     """The innermost line of the traceback that is not torch's own, as ``file:line in function: code``."""
     place = ""
     trace = error.__traceback__

@@ -92,12 +92,11 @@ def start_at_zero(shape: tuple[int, int], rank: int, diagonal: bool, like: torch
     0.0
     """
     inputs, outputs = shape
-    options = {"dtype": like.dtype, "device": like.device}
-    a = torch.empty(inputs, rank, **options)
+    a = like.new_empty(inputs, rank)
     if not a.is_meta:
         a.uniform_(-(inputs**-0.5), inputs**-0.5)
-    d = torch.zeros(min(shape), **options) if diagonal else None
-    return Factors(a, torch.zeros(rank, outputs, **options), d)
+    d = like.new_zeros(min(shape)) if diagonal else None
+    return Factors(a, like.new_zeros(rank, outputs), d)
 
 
 def _products(given: torch.Tensor, rank: int, diagonal: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
