@@ -193,7 +193,9 @@ def _evaluator(values: Mapping[sympy.Symbol, int]) -> Callable[[sympy.Expr], int
             number = sympy.sympify(expression).xreplace(replaced)
             if number.free_symbols:
                 missing = ", ".join(sorted(map(str, number.free_symbols)))
-                raise InputError(f"The size {missing} has no value, but an operation's size {expression} depends on it.")
+                raise InputError(
+                    f"The size {missing} has no value, but an operation's size {expression} depends on it."
+                )
             found = known[expression] = int(number)
         return found
 
