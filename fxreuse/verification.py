@@ -219,10 +219,10 @@ def breakdown_table(found: Breakdown) -> str:
     >>> one = Breakdown({"attention": 0.003, "rest": 0.001}, {"reused attention": 0.001, "rest": 0.001})
     >>> print(breakdown_table(one))
     part                original         rewritten
-    ----------------  ----------  ----  -----------  ----
-    attention            3.00 ms   75%
-    reused attention                        1.00 ms   50%
-    rest                 1.00 ms   25%      1.00 ms   50%
+    ----------------  ----------  ---  -----------  ---
+    attention            3.00 ms  75%
+    reused attention                       1.00 ms  50%
+    rest                 1.00 ms  25%      1.00 ms  50%
     """
     wholes = [sum(found.original.values()), sum(found.rewritten.values())]
     rows = []

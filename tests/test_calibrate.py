@@ -1,4 +1,4 @@
-"""Measuring a device: what is read off times that are known, and what is kept of it; no clock is read."""
+"""Measuring a device: what is read off times that are known, and what is kept. No time is compared with a clock."""
 
 from __future__ import annotations
 
