@@ -1,4 +1,4 @@
-"""Memory that operators write into: which nodes share it, and in which order they have to touch it."""
+"""Memory that operators write into: which nodes share it, in which order they have to touch it, and who reads it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import operator
 import torch
 from torch import fx
 
+_aten = torch.ops.aten
+
 #: Operators that may return their input, or part of it, although their schema does not say so.
-_HIDDEN_ALIASES = frozenset((torch.ops.aten.type_as, torch.ops.aten.dropout, torch.ops.aten.feature_dropout))
+_HIDDEN_ALIASES = frozenset({
+    _aten.type_as, _aten.dropout, _aten.feature_dropout, _aten.alpha_dropout, _aten.feature_alpha_dropout, _aten.einsum,
+    _aten.meshgrid, _aten.broadcast_tensors, _aten.atleast_1d, _aten.atleast_2d, _aten.atleast_3d,
+})  # fmt: skip
 
 
 def written_tensors(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -41,6 +46,16 @@ def memory_order(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
                 readers.setdefault(root, []).append(node)
             order.setdefault(node, []).extend(before)
     return {node: before for node, before in order.items() if before}
+
+
+def idle_memory(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of all memory that the graph makes itself, writes into, and does not read, in order."""
+    memory = _written_memory(graph)
+    read = {root for node, root in memory.items() if not isinstance(node.target, torch._ops.OpOverload)}
+    for node in graph.nodes if memory else ():
+        own = memory.get(node)
+        read.update(memory[other] for other in node.all_input_nodes if other in memory and memory[other] is not own)
+    return [node for node, root in memory.items() if root not in read]
 
 
 def _written_memory(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -13,6 +13,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .memory import idle_memory
+
 # By graph, the values of calls by operator and arguments: layers repeat, and what free sizes give takes long to infer.
 _values: weakref.WeakKeyDictionary[fx.Graph, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
 
@@ -131,14 +133,26 @@ def is_effect(node: fx.Node) -> bool:
 def remove_dead(graph: fx.Graph) -> int:
     """Erase the nodes that nobody reads and that write nothing, random draws and assertions among them.
 
+    What is written counts where somebody reads it: memory that the graph makes, fills and leaves goes as a whole.
+
     Returns how many were erased.
     """
-    removed = 0
-    for node in reversed(list(graph.nodes)):
-        if not node.users and not is_effect(node):
+    before = len(graph.nodes)
+    idle: list[fx.Node] = []
+    while True:
+        for node in reversed(idle):
             graph.erase_node(node)
-            removed += 1
-    return removed
+        writes = False
+        for node in reversed(list(graph.nodes)):
+            if node.op in ("placeholder", "output"):
+                continue
+            if is_effect(node):
+                writes = True
+            elif not node.users:
+                graph.erase_node(node)
+        idle = idle_memory(graph) if writes else []
+        if not idle:
+            return before - len(graph.nodes)
 
 
 def is_call(node: Any, *targets: Callable[..., Any]) -> bool:
