@@ -38,7 +38,7 @@ def refuse_unrewritable(module: fx.GraphModule, name: str) -> None:
             raise _refusal(name, source_line(node), reason)
 
 
-def refuse_flex_attention(error: BaseException, name: str) -> None:
+def refuse_flex_attention(error: Exception, name: str) -> None:
     """Raise where an export failed inside FlexAttention, which on a CPU takes no tensors that need gradients.
 
     Raises:

@@ -120,7 +120,7 @@ def test_the_next_way_is_taken(module: nn.Module, free: list[list[int]], noted: 
         assert all(f"dimension {dim} = {size}" in str(note) for dim, size in enumerate(X))
 
 
-def test_where_nothing_works_the_line_at_fault_is_named() -> None:
+def test_where_nothing_works_the_line_at_fault_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CaptureError) as caught:
         capture(ByValue(), torch.randn(X))
     text = str(caught.value)
@@ -128,6 +128,7 @@ def test_where_nothing_works_the_line_at_fault_is_named() -> None:
     for part in (f"{__file__}:{line} in forward", "ByValue", "target=", "free sizes, strict", "fixed sizes"):
         assert part in text
     assert caught.value.__cause__ is not None
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
