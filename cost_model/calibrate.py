@@ -133,13 +133,18 @@ def _keep(device: Device) -> None:
         return
 
 
-@torch.no_grad()
 def calibrate(progress: Callable[[str], None] | None = None) -> Device:
     """Measure the CPU with the threads that torch has now, in less than ten seconds.
 
     Raises:
         UnsupportedError: torch works with other numbers than float32 by default.
     """
+    return read_device(measure_times(progress))
+
+
+@torch.no_grad()
+def measure_times(progress: Callable[[str], None] | None = None) -> dict[str, float]:
+    """The seconds of every microbenchmark, by name; see `calibrate`."""
     if torch.get_default_dtype() != torch.float32:
         raise UnsupportedError(
             f"A device is measured in float32, but torch's default dtype is {torch.get_default_dtype()}. "
@@ -149,7 +154,12 @@ def calibrate(progress: Callable[[str], None] | None = None) -> Device:
         torch.manual_seed(0)
         calls = _calls()
         works = {**_memory(), **_products(), **_attentions(), **_elements(), **_in_dtypes()}
-        times = _measure(calls, works, progress or (lambda text: None))
+        return _measure(calls, works, progress or (lambda text: None))
+
+
+def read_device(times: Mapping[str, float]) -> Device:
+    """The constants that fit the times of microbenchmarks."""
+    calls = [name.removeprefix("call ") for name in times if name.startswith("call ")]
     overhead = {name: times[f"call {name}"] for name in calls}
     loop = {name: times[f"loop {name}"] for name in calls}  # what microbenchmarks have to be freed of
     overhead |= {"compiled view": 0.0, "compiled module": 0.0, "compiled batched": overhead["compiled linear"]}
@@ -161,7 +171,7 @@ def calibrate(progress: Callable[[str], None] | None = None) -> Device:
     return Device(
         name=_processor(),
         kind="cpu",
-        threads=torch.get_num_threads(),
+        threads=int(times["threads"]),
         products={
             "linear": _read_rate("linear", _LINEAR, _linear_sizes, times, loop["linear"]),
             "batched": _read_rate("batched", _BATCHED, _batched_sizes, times, loop["batched"]),
@@ -182,13 +192,13 @@ def calibrate(progress: Callable[[str], None] | None = None) -> Device:
         overhead=overhead,
         fault=max(0.0, times["fill, new"] - times["fill"]) / _FILLED,
         ragged=_read_ragged(times, cache),
-        source=f"measured with {torch.get_num_threads()} threads, torch {torch.__version__}",
+        source=f"measured with {times['threads']:.0f} threads, torch {torch.__version__}",
     )
 
 
 def _measure(calls: Mapping[str, Run], works: Mapping[str, Run], say: Callable[[str], None]) -> dict[str, float]:
     """The seconds of each, the shortest of rounds that lie seconds apart: what disturbs one round spares another."""
-    times: dict[str, float] = {}
+    times: dict[str, float] = {"threads": torch.get_num_threads()}
     begun = start = time.perf_counter()
     for number in range(_ROUNDS):
         if number and 2 * time.perf_counter() - start - begun > _LONGEST:

@@ -101,7 +101,7 @@ class Device:
         if self.kind == "cpu":
             if family == "attention":
                 k = k if k >= 2 * _LANES else 4 * _LANES
-            else:
+            elif family != "depthwise":
                 n = n if n >= _LANES else 2 * _LANES
         return self.products[family].seconds(batch, m, n, k) / self.faster(dtype)
 
