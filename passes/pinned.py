@@ -43,12 +43,16 @@ def names_type(node: fx.Node) -> bool:
 
 
 def typing_operands(node: fx.Node) -> list[fx.Node]:
-    """The operands that decide the type of a floating-point result which the operator does not name."""
+    """The operands that decide the type of a floating-point result which the operator does not name.
+
+    A tensor without dimensions decides it only where no floating-point tensor has any.
+    """
     if node.op != "call_function" or packet(node) in _TYPED:
         return []
-    return [operand for operand in value_operands(node) if _is_floating(operand)]
+    floating = [operand for operand in value_operands(node) if _is_floating(operand)]
+    return [operand for operand in floating if operand.meta["val"].dim() > 0] or floating
 
 
 def _is_floating(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

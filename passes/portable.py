@@ -85,7 +85,7 @@ def free_dtypes(program: Program) -> None:
     for node in list(program.graph.nodes):
         anchor = _dtype_anchor(program, node, pinned) if node.meta.get(FOLLOWS) else None
         if anchor is None:
-            if names_type(node) or not pinned.isdisjoint(typing_operands(node)):
+            if names_type(node) or _has_default_type(node) or not pinned.isdisjoint(typing_operands(node)):
                 pinned.add(node)
             continue
         with inserting_before(node) as insert:
@@ -118,6 +118,13 @@ def _dtype_anchor(program: Program, node: fx.Node, pinned: Set[fx.Node]) -> fx.N
                 return source
         frontier.extend(argument for argument in current.all_input_nodes if len(seen) < 200)
     return _floating_parameter(program, node, wanted)
+
+
+def _has_default_type(node: fx.Node) -> bool:
+    """Whether a floating-point value is made of none, as ``ones(3)`` and ``arange(3) / 2`` are: torch's own default."""
+    values = [node.meta.get("val"), *(operand.meta.get("val") for operand in node.all_input_nodes)]
+    floating = [isinstance(value, torch.Tensor) and value.is_floating_point() for value in values]
+    return node.op == "call_function" and floating[0] and not any(floating[1:])
 
 
 def _floating_parameter(program: Program, before: fx.Node, wanted: torch.dtype | None) -> fx.Node | None:

@@ -398,10 +398,25 @@ def made_in_float(self: Body, x: torch.Tensor) -> Any:
     return self.linear(x) * fixed, own * 1
 
 
+def from_a_number_in_float(self: Body, x: torch.Tensor) -> torch.Tensor:
+    """Falcon's slopes: a factory, a power with integers, a cast, and back to the model's."""
+    base = torch.full((), 0.3, dtype=torch.float32, device=x.device)
+    slopes = (base ** torch.arange(1, 7, device=x.device)).bfloat16()
+    return self.linear(x) / (slopes * torch.arange(1, 7, device=x.device)).to(x.dtype)
+
+
+def from_the_default_type(self: Body, x: torch.Tensor) -> torch.Tensor:
+    """DETR's positions: ones of no type, a cast to truth, and then to the model's."""
+    seen = (torch.ones(x.shape[1], device=x.device)[:, None] * 2).bool()
+    return self.linear(x) * (seen.to(x.dtype).cumsum(0) / 3)
+
+
 @pytest.mark.parametrize("length", [5, 7])
 @pytest.mark.parametrize(
     "forward",
     [
+        from_a_number_in_float,
+        from_the_default_type,
         rms_norm,
         float_softmax,
         float_scores,
