@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxreuse.axes import sizes
 from fxreuse.nodes import argument, is_call, remove_dead, replace
 from fxreuse.program import Program
 
@@ -60,8 +61,9 @@ def _first(node: fx.Node) -> fx.Node:
 
 def _whole_slice(node: fx.Node) -> fx.Node | None:
     start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
-    whole = start in (None, 0) and end in (None, _END) and step == 1
-    return _first(node) if whole else None
+    source, dim = _first(node), argument(node, 1, "dim", 0)
+    whole = start in (None, 0) and end in (None, _END)
+    return source if step == 1 and (whole or sizes(node)[dim] == sizes(source)[dim]) else None
 
 
 def _part_of_concatenation(node: fx.Node) -> fx.Node | None:
