@@ -69,7 +69,7 @@ LATENT = {
 
 ROWS = (
     decoder("GPT-2", "GPT2", base=GPT),
-    decoder("OpenAI GPT", "OpenAIGPT", base=GPT),
+    decoder("OpenAI GPT", "OpenAIGPT", base=GPT, refused={"recompute": "scores not affine"}),
     decoder("GPT-J", "GPTJ", base=GPT, rotary_dim=4),
     decoder("GPT-BigCode (multi-query)", "GPTBigCode", base=GPT, multi_query=True),
     # Global and local layers by turns.
@@ -95,6 +95,14 @@ ROWS = (
         base={"n_embd": 32, "dff": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "vocab_size": 99},
     ),
     decoder("Llama", "Llama", **GROUPED),
+    decoder("Mistral", "Mistral", sliding_window=5, **GROUPED),
+    decoder("Persimmon", "Persimmon"),
+    decoder("StarCoder 2", "Starcoder2", sliding_window=5, **GROUPED),
+    decoder(
+        "XGLM",
+        "XGLM",
+        base={"d_model": 32, "ffn_dim": 64, "num_layers": LAYERS, "attention_heads": 4, **TEXT, **ENDS},
+    ),
     decoder("Qwen3", "Qwen3", **ROTARY),
     decoder("Gemma", "Gemma", **ROTARY),
     # Sliding and full layers by turns.

@@ -112,6 +112,7 @@ ROWS = (
     encoder("BERT", "Bert"),
     encoder("RoBERTa", "Roberta", **ENDS),
     encoder("ELECTRA", "Electra", embedding_size=16),
+    encoder("ERNIE", "Ernie"),
     encoder("Megatron-BERT", "MegatronBert"),
     encoder("MPNet", "MPNet", **ENDS),
     encoder("RemBERT", "RemBert", input_embedding_size=16),

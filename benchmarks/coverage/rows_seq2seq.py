@@ -152,6 +152,8 @@ ROWS = (
     bart_like("BART", "Bart"),
     bart_like("Pegasus", "Pegasus"),
     bart_like("M2M-100", "M2M100"),
+    bart_like("mBART", "MBart"),
+    bart_like("Blenderbot", "Blenderbot"),
     t5_like("T5", "T5"),
     t5_like("UMT5", "UMT5"),
     # The second layer on either side has a router.

@@ -213,6 +213,7 @@ ROWS = (
     wave("HuBERT", "Hubert"),
     wave("WavLM", "WavLM", num_buckets=16, max_bucket_distance=20),
     wave("Data2Vec audio", "Data2VecAudio"),
+    wave("UniSpeech-SAT", "UniSpeechSat"),
     wave("SEW", "SEW", squeeze_factor=2, **POOLED),
     wave(
         "SEW-D",

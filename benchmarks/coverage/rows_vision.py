@@ -300,8 +300,8 @@ ROWS = (
     _row("ViViT", _videos("Vivit", tubelet_size=[2, 8, 8]), {"encoder self": LAYERS}),
     # Each layer attends over time, then over space.
     _row("TimeSformer", _videos("Timesformer"), {"temporal": LAYERS, "spatial": LAYERS}),
-    # One block of self-attentions over latents, called twice; the learned latents ask the input once.
-    _row("Perceiver", _perceiver, {"latents self": 4}, not_attention=1),
+    # The latents ask the input once; then one block of self-attentions over latents, called twice.
+    _row("Perceiver", _perceiver, {"latents cross": 1, "latents self, first": 2, "latents self, second": 2}),
     _row("FocalNet (no attention)", _dinat_free, {}),
     _row("PoolFormer (no attention)", _poolformer, {}),
 )

@@ -21,9 +21,11 @@ _AFFINE = r"lowering=recompute needs scores of the form α·QKᵀ \+ β, but "
 # Every reason for which a sharing may be refused: the error that says it, and what it means.
 REASONS: dict[str, tuple[str, str]] = {
     "scores not affine": (
-        _AFFINE + r"its scores go through an operator that is no factor, sum or mask \(\w+: aten\.(tanh|sigmoid|pow)",
-        "`recompute` runs the fused operator on the leader's queries and keys, which computes α·QKᵀ + β; a soft cap "
-        "(a hyperbolic tangent) or another curve between that product and the softmax is beyond it.",
+        _AFFINE + r"(its scores go through an operator that is no factor, sum or mask \(\w+: aten\.(tanh|sigmoid|pow)"
+        r"|they are multiplied by a matrix of their own shape)",
+        "`recompute` runs the fused operator on the leader's queries and keys, which computes α·QKᵀ + β. A soft cap (a "
+        "hyperbolic tangent) between that product and the softmax is beyond it, and so is a factor for every score, as "
+        "OpenAI GPT's masks, which leave future tokens a score of −10 000 where padding hides all others.",
     ),
     "heads mixed before the softmax": (
         _AFFINE + r".*\(\w+: aten\.(linear|conv2d|einsum|matmul)",
