@@ -28,7 +28,7 @@ def residual_training() -> str:
     """Bits for a character before and after training, from different starts."""
     found = load("residual_example")
     rows = [["the original", f"{found['parameters']:,}", "", f"{found['bits']:.3f}"]]
-    for row in found["training"]:
+    for row in found.get("training", ()):
         rows.append([row["start"], f"{row['parameters']:,}", f"{row['before']:.3f}", f"{row['after']:.3f}"])
     return github(rows, ["model and start", "parameters", "bits before", f"after {found['steps']} steps"])
 

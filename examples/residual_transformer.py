@@ -211,10 +211,15 @@ def main() -> None:
     print(f"trained: {found['parameters']:,} parameters, {found['bits']:.3f} bits for a character of held-out text")
     found["fit"] = fit_table(model, held_out, example)
     print(tabulate(found["fit"], headers="keys", floatfmt=".4f"))
+    save(found, given.save)
     found["training"] = training_table(model, text, held_out, characters, given.steps, example)
     print(tabulate(found["training"], headers="keys", floatfmt=".3f"))
-    if given.save:
-        given.save.write_text(json.dumps(found, indent=2) + "\n")
+    save(found, given.save)
+
+
+def save(found: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
