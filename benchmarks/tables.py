@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import tables_fiak
 import tables_latency
 import tables_measurements
 import tables_residual
@@ -18,6 +19,7 @@ PAGES = {
     "measurements": tables_measurements.TABLES,
     "latency": tables_latency.TABLES,
     "residual": tables_residual.TABLES,
+    "fiak": tables_fiak.TABLES,
 }
 
 

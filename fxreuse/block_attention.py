@@ -7,16 +7,17 @@ where no gradient is recorded, and the fused operator with a mask elsewhere.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 Counts = tuple[tuple[int, ...], ...]
 
-_block_masks: weakref.WeakKeyDictionary[Tensor, Any] = weakref.WeakKeyDictionary()
+# By the tensor of blocks: its version, and what FlexAttention takes.
+_block_masks: Any = WeakIdKeyDictionary()
 _compiled: list[Any] = []
 
 
@@ -157,14 +158,16 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: flo
 
 
 def _block_mask(blocks: Tensor, block: int, keys: int, positions: Tensor | None) -> Any:
-    """The blocks in the form that FlexAttention takes; made once."""
+    """The blocks in the form that FlexAttention takes; made once, and anew when others were loaded into them."""
     from torch.nn.attention.flex_attention import BlockMask
 
     if torch.compiler.is_compiling():
         return _new_block_mask(BlockMask, blocks, block, keys, positions)
-    if blocks not in _block_masks:
-        _block_masks[blocks] = _new_block_mask(BlockMask, blocks, block, keys, positions)
-    return _block_masks[blocks]
+    version, made = _block_masks.get(blocks, (None, None))
+    if version != blocks._version:
+        made = _new_block_mask(BlockMask, blocks, block, keys, positions)
+        _block_masks[blocks] = blocks._version, made
+    return made
 
 
 def _new_block_mask(kind: Any, blocks: Tensor, block: int, keys: int, positions: Tensor | None) -> Any:
