@@ -1,117 +1,47 @@
-"""Write the tables in docs/ from the measurements in benchmarks/results/."""
+"""Write the tables in docs/ from the measurements in benchmarks/results/.
+
+A page has every table between two marks, ``<!-- name -->`` and ``<!-- end of name -->``. Where the data of a table
+are not there, it stays as it is.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-from tabulate import tabulate
+import tables_latency
+import tables_measurements
+import tables_residual
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "measurements.md"
-
-
-def identity() -> str:
-    found = json.loads((ROOT / "benchmarks" / "results" / "identity.json").read_text())
-    rows = []
-    for name, row in found.items():
-        cells = [name]
-        for mode in ("eager", "compiled"):
-            one = row[mode]
-            cells += [f"{one['original_ms']:.1f}", f"{one['identity_ms']:.1f}"]
-            cells += [f"{one['ratio']:.2f} ({one['low']:.2f} to {one['high']:.2f})"]
-        rows.append(cells)
-    headers = ["model, input", "original, eager", "identity, eager", "original / identity"]
-    headers += ["original, compiled", "identity, compiled", "original / identity"]
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {
+    "measurements": tables_measurements.TABLES,
+    "latency": tables_latency.TABLES,
+    "residual": tables_residual.TABLES,
+}
 
 
-def overhead(kind: str) -> str:
-    """One of the tables of overhead.json: ``export``, ``layers`` or ``meta``."""
-    found = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())
-    rows = [(name.partition(": ")[2], row) for name, row in found.items() if name.startswith(f"{kind}: ")]
-    if kind == "export":
-        headers = ["model", "export alone, s", "apply, s", "apply / export"]
-        cells = [
-            [
-                name,
-                f"{r['export_s']:.2f}",
-                f"{r['apply_s']:.2f}",
-                f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
-            ]
-            for name, r in rows
-        ]
-    else:
-        headers = ["model, layers", "sites", "capture, s", "find, ms"]
-        cells = [[name, r["sites"], f"{r['capture_s']:.1f}", f"{1e3 * r['find_s']:.0f}"] for name, r in rows]
-        if kind == "meta":
-            headers = ["model", *headers[1:], "peak memory, GiB"]
-            cells = [[*row, f"{r['peak_gib']:.2f}"] for row, (_, r) in zip(cells, rows, strict=True)]
-    return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-def github(rows: list[list[str]], headers: list[str]) -> str:
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def reuse_latency() -> str:
-    """Milliseconds, and how many times faster than the original as given and with fused attention."""
-    rows = []
-    for cell in sorted(load("reuse_latency").values(), key=lambda cell: (cell["case"], cell["length"])):
-        row = [cell["model"], cell["plan"], str(cell["length"])]
-        row += [f"{cell['ms'][kind]:.0f}" if kind in cell["ms"] else "" for kind in ("given", "fused")]
-        for kind in ("materialize", "recompute"):
-            gains = [cell[f"over {against}"][kind] for against in ("given", "fused") if f"over {against}" in cell]
-            row += [
-                f"{cell['ms'][kind]:.0f}",
-                " · ".join(f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in gains),
-            ]
-        rows.append([*row, cell["auto"], str(cell["rounds"])])
-    headers = ["model", "plan", "T", "as given", "fused", "materialize", "gain", "recompute", "gain", "auto", "rounds"]
-    return github(rows, headers)
-
-
-def reuse_kernels() -> str:
-    found = load("reuse_kernels")
-    columns = ["fused", "map, fresh", "map", "leader", "follower", "map, bf16", "follower, bf16"]
-    rows = [
-        [length, *(f"{row[name]:.1f} ({row[name] / row['fused']:.2f})" for name in columns)]
-        for length, row in found.items()
-    ]
-    return github(rows, ["T", *columns])
-
-
-def reuse_memory() -> str:
-    kinds = ["map", "original"]
-    for options in ("recompute", "recompute values=2", "materialize", "materialize values=2"):
-        kinds += [options, f"{options}, workspace"]
-    rows = [[length, *(f"{row[kind] / 2**20:.0f}" for kind in kinds)] for length, row in load("reuse_memory").items()]
-    return github(rows, ["T", *kinds])
-
-
-def write(page: str, name: str, table: str) -> str:
-    """The page with the table between its two marks replaced."""
+def with_table(page: str, name: str, table: str) -> str:
+    """The text of a page with the table between its two marks replaced."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(page):
-        raise SystemExit(f"{PAGE.name} has no place for {name}: expected {start} and {end}")
+        raise SystemExit(f"there is no place for the table {name!r}: expected {start} and {end}")
     return pattern.sub(lambda _: f"{start}\n{table}\n{end}", page)
 
 
 def main() -> None:
-    page = PAGE.read_text()
-    for make in (identity, reuse_latency, reuse_kernels, reuse_memory):
-        page = write(page, make.__name__.replace("_", " "), make())
-    if (ROOT / "benchmarks" / "results" / "overhead.json").exists():
-        for kind in ("export", "layers", "meta"):
-            page = write(page, f"overhead, {kind}", overhead(kind))
-    PAGE.write_text(page)
+    for name, tables in PAGES.items():
+        path = DOCS / f"{name}.md"
+        page = path.read_text()
+        for title, make in tables.items():
+            try:
+                table = make()
+            except FileNotFoundError as missing:
+                print(f"docs/{name}.md, {title}: not measured yet ({Path(missing.filename).name})")
+                continue
+            page = with_table(page, title, table)
+        path.write_text(page)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The analytic cost model: parameters, multiply-accumulates, bytes and maps as closed forms; peak memory; latency."""
 
+from . import pruned  # noqa: F401  # declares what its operators cost
 from .count import Counts, count
 from .device import Device
 from .latency import Prediction, predict

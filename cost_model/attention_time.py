@@ -51,9 +51,9 @@ class SharedMap:
         product = device.product("batched", self.heads, self.queries, self.keys, self.width, self.dtype)
         softmax = scores * device.element("softmax")
         context = device.product("batched", self.heads, self.queries, self.values, self.keys, self.dtype)
-        extra = max(scores * device.element("add"), 2 * away) if self.causal or self.masked else 0.0
-        once = max(product, away) + max(softmax, 2 * away) + extra + device.dispatch("map")
-        return once + self.layers * (max(context, away) + device.dispatch("batched"))
+        extra = scores * device.element("add") + 2 * away if self.causal or self.masked else 0.0
+        once = product + away + softmax + 2 * away + extra + device.dispatch("map")
+        return once + self.layers * (context + away + device.dispatch("batched"))
 
     def computed_again(self, device: Device) -> float:
         """Seconds of all layers where each runs fused attention on the queries and keys of the first one."""
@@ -64,5 +64,5 @@ class SharedMap:
         seconds += scores * (device.score + (device.masked_score if self.masked else 0.0))
         if self.masked:
             size = scores * self.dtype.itemsize
-            seconds = max(seconds, max(0.0, size - device.cache) / device.memory)
+            seconds += max(0.0, size - device.cache) / device.memory
         return self.layers * (seconds + device.dispatch("attention"))

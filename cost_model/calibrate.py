@@ -117,7 +117,7 @@ def kept(threads: int) -> Device | None:
     """What was measured earlier; None where there is nothing that can be read."""
     try:
         return Device.from_json(cache_file(threads).read_text())
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -133,13 +133,18 @@ def _keep(device: Device) -> None:
         return
 
 
-@torch.no_grad()
 def calibrate(progress: Callable[[str], None] | None = None) -> Device:
     """Measure the CPU with the threads that torch has now, in less than ten seconds.
 
     Raises:
         UnsupportedError: torch works with other numbers than float32 by default.
     """
+    return read_device(measure_times(progress))
+
+
+@torch.no_grad()
+def measure_times(progress: Callable[[str], None] | None = None) -> dict[str, float]:
+    """The seconds of every microbenchmark, by name; see `calibrate`."""
     if torch.get_default_dtype() != torch.float32:
         raise UnsupportedError(
             f"A device is measured in float32, but torch's default dtype is {torch.get_default_dtype()}. "
@@ -149,7 +154,12 @@ def calibrate(progress: Callable[[str], None] | None = None) -> Device:
         torch.manual_seed(0)
         calls = _calls()
         works = {**_memory(), **_products(), **_attentions(), **_elements(), **_in_dtypes()}
-        times = _measure(calls, works, progress or (lambda text: None))
+        return _measure(calls, works, progress or (lambda text: None))
+
+
+def read_device(times: Mapping[str, float]) -> Device:
+    """The constants that fit the times of microbenchmarks."""
+    calls = [name.removeprefix("call ") for name in times if name.startswith("call ")]
     overhead = {name: times[f"call {name}"] for name in calls}
     loop = {name: times[f"loop {name}"] for name in calls}  # what microbenchmarks have to be freed of
     overhead |= {"compiled view": 0.0, "compiled module": 0.0, "compiled batched": overhead["compiled linear"]}
@@ -161,7 +171,7 @@ def calibrate(progress: Callable[[str], None] | None = None) -> Device:
     return Device(
         name=_processor(),
         kind="cpu",
-        threads=torch.get_num_threads(),
+        threads=int(times["threads"]),
         products={
             "linear": _read_rate("linear", _LINEAR, _linear_sizes, times, loop["linear"]),
             "batched": _read_rate("batched", _BATCHED, _batched_sizes, times, loop["batched"]),
@@ -182,13 +192,13 @@ def calibrate(progress: Callable[[str], None] | None = None) -> Device:
         overhead=overhead,
         fault=max(0.0, times["fill, new"] - times["fill"]) / _FILLED,
         ragged=_read_ragged(times, cache),
-        source=f"measured with {torch.get_num_threads()} threads, torch {torch.__version__}",
+        source=f"measured with {times['threads']:.0f} threads, torch {torch.__version__}",
     )
 
 
 def _measure(calls: Mapping[str, Run], works: Mapping[str, Run], say: Callable[[str], None]) -> dict[str, float]:
     """The seconds of each, the shortest of rounds that lie seconds apart: what disturbs one round spares another."""
-    times: dict[str, float] = {}
+    times: dict[str, float] = {"threads": torch.get_num_threads()}
     begun = start = time.perf_counter()
     for number in range(_ROUNDS):
         if number and 2 * time.perf_counter() - start - begun > _LONGEST:
@@ -292,20 +302,17 @@ def _read_memory(times: Mapping[str, float]) -> tuple[float, float, float]:
 
 def _products() -> dict[str, Run]:
     runs: dict[str, Run] = {}
-    for case in _LINEAR:
-        m, k, n = case
-        runs[f"linear {case}"] = functools.partial(torch.nn.Linear(k, n), torch.randn(m, k))
-    for case in (*_BATCHED, *_RAGGED):
-        batch, m, k, n = case
+    for m, k, n in _LINEAR:
+        runs[f"linear {(m, k, n)}"] = functools.partial(torch.nn.Linear(k, n), torch.randn(m, k))
+    for batch, m, k, n in (*_BATCHED, *_RAGGED):
         right = torch.randn(batch, n, k).transpose(1, 2) if k < n else torch.randn(batch, k, n)
         out = torch.empty(batch, m, n)
-        runs[f"batched {case}"] = functools.partial(torch.bmm, torch.randn(batch, m, k), right, out=out)
-    for case in (*_CONVOLUTION, *_DEPTHWISE):
-        inputs, outputs, length, kernel, stride, groups = case
+        runs[f"batched {(batch, m, k, n)}"] = functools.partial(torch.bmm, torch.randn(batch, m, k), right, out=out)
+    for inputs, outputs, length, kernel, stride, groups in (*_CONVOLUTION, *_DEPTHWISE):
         padding = kernel // 2 if stride == 1 else 0
         layer = torch.nn.Conv1d(inputs, outputs, kernel, stride, padding, groups=groups)
         signal = torch.randn(1, inputs, length if padding else length + kernel - 1)
-        runs[f"convolution {case}"] = functools.partial(layer, signal)
+        runs[f"convolution {(inputs, outputs, length, kernel, stride, groups)}"] = functools.partial(layer, signal)
     return runs
 
 
@@ -338,8 +345,8 @@ def _read_rate(
         spent.append(max(seconds - overhead, seconds / 4))
     best = max(macs / seconds for (macs, *_), seconds in zip(terms, spent, strict=True))
     extra = fit_times([others for _, *others in terms], spent, [macs / best for macs, *_ in terms])
-    m, n, k = (seconds * best for seconds in extra)
-    return Rate(best, (m, n, k))
+    of_m, of_n, of_k = (seconds * best for seconds in extra)
+    return Rate(best, (of_m, of_n, of_k))
 
 
 def _read_ragged(times: Mapping[str, float], cache: float) -> float:

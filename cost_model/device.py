@@ -46,7 +46,7 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device for `fxreuse.cost_model.latency.predict_program`.
+    """A device for `fxreuse.cost_model.latency.predict_latency`.
 
     Attributes:
         name: for people, and the name of a preset.
@@ -66,7 +66,8 @@ class Device:
             ``"map"`` …; with ``"compiled "`` in front, of a kernel of a compiled graph.
         grain: elements below which an operator is not spread over threads.
         fault: seconds per byte of new pages; 0 where an allocator keeps all memory that it has once had.
-        asynchronous: whether operators are queued while earlier ones run, so that overhead hides behind work.
+        asynchronous: whether operators are queued while earlier ones run, and memory is read while others compute, so
+            that overhead and memory hide behind work.
         source: where the numbers are from.
     """
 
@@ -100,7 +101,7 @@ class Device:
         if self.kind == "cpu":
             if family == "attention":
                 k = k if k >= 2 * _LANES else 4 * _LANES
-            else:
+            elif family != "depthwise":
                 n = n if n >= _LANES else 2 * _LANES
         return self.products[family].seconds(batch, m, n, k) / self.faster(dtype)
 

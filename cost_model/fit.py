@@ -20,9 +20,9 @@ def fit_times(
         times: above 0.
         known: what is known of each time already; nothing where left out.
 
-    >>> fit_times([(1, 1), (2, 1), (3, 1)], [3.0, 5.0, 7.0])
+    >>> [round(value, 6) for value in fit_times([(1, 1), (2, 1), (3, 1)], [3.0, 5.0, 7.0])]
     [2.0, 1.0]
-    >>> fit_times([(1, 3), (2, 2), (3, 1)], [1.0, 2.0, 3.0])
+    >>> [round(value, 6) for value in fit_times([(1, 3), (2, 2), (3, 1)], [1.0, 2.0, 3.0])]
     [1.0, 0.0]
     """
     relative = torch.tensor(terms, dtype=torch.float64) / torch.tensor(times, dtype=torch.float64)[:, None]
@@ -41,5 +41,5 @@ def fit_times(
                 best = error
                 found = [0.0] * count
                 for place, value in zip(chosen, (solution[:, 0] / scale[list(chosen)]).tolist(), strict=True):
-                    found[place] = round(value, 15) if value > 1e-3 else value
+                    found[place] = value
     return found

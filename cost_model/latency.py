@@ -1,9 +1,10 @@
 """How long a program takes on a device: a roofline, kernel by kernel.
 
-Each kernel takes the longest of three: its arithmetic at the rate of its family, its bytes at the rate of the
-last-level cache, and those of its bytes that are not in that cache at the rate of memory. On top comes what a call
-costs, and on a CPU the page faults of large new blocks. Which bytes are in cache is followed through the whole run
-(`residency`); a T×T map falls out of it from some length on.
+Each kernel takes the longer of two: its arithmetic at the rate of its family, and its bytes at the rate of the
+last-level cache. Those of its bytes that are not in that cache take their time at the rate of memory: on a CPU on top,
+since few cores wait for what they read, and on an accelerator beside the arithmetic. Then comes what a call costs, and
+on a CPU the page faults of large new blocks. Which bytes are in cache is followed through the whole run (`residency`);
+a T×T map falls out of it from some length on.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ import torch
 from tabulate import tabulate
 
 from ..errors import InputError
-from ..program import Program
 from .device import Device
 from .fusion import fuse
 from .kernels import Kernel, kernels_of
-from .operations import Operation, operations
+from .operations import Operation
 from .residency import Residency, Traffic
-from .solve import solve
-from .summary import summarise
+from .summary import Summary
 
 # Bytes of a line of cache.
 _LINE = 64
@@ -81,40 +80,8 @@ class Prediction:
         return f"{1e3 * total:.3g} ms predicted on {self.device}, {mode}, {sizes}\n\n{table}"
 
 
-class Latency:
-    """The latency of one program, for any device and sizes: what does not depend on those is read off once.
-
-    Arguments:
-        program: any program, before or after a rewrite.
-
-    Raises:
-        UnsupportedError: for an operator or a module whose work is not known.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self._summary = summarise(program)
-        self._operations = operations(program)
-
-    def predict(
-        self, device: Device | torch.device | str, sizes: Mapping[str, int] | None = None, *, compiled: bool = False
-    ) -> Prediction:
-        """See `predict_program`."""
-        where = Device.of(device)
-        values, named = self._values(sizes)
-        return dataclasses.replace(predict(self._operations, values, where, compiled=compiled), sizes=named)
-
-    def _values(self, sizes: Mapping[str, int] | None) -> tuple[dict[sympy.Symbol, int], dict[str, int]]:
-        """The symbols of the capture and the named sizes, for sizes as a person gives them."""
-        names = self._summary.names
-        numbers = self._summary.at_example() if sizes is None else self._summary.at(**sizes)
-        known = {name: size for name, size in numbers.sizes.items() if names.sizes[name].is_Symbol}
-        given = {name: size for name, size in (sizes or {}).items() if name not in known}
-        solved = solve((name, names.sizes[name], size) for name, size in {**known, **given}.items())
-        return {raw: solved[symbol] for raw, symbol in names.symbols.items() if symbol in solved}, dict(numbers.sizes)
-
-
-def predict_program(
-    program: Program,
+def predict_latency(
+    summary: Summary,
     device: Device | torch.device | str = "cpu",
     sizes: Mapping[str, int] | None = None,
     *,
@@ -123,23 +90,25 @@ def predict_program(
     """Predict how long one forward pass of a program takes in inference.
 
     Arguments:
-        program: any program, before or after a rewrite.
+        summary: of the program, see `summarise`.
         device: a `Device`, the name of a preset, or ``"cpu"`` for this machine, which is measured once.
         sizes: such as ``{"B": 1, "T": 512}``; those of the example inputs where left out.
         compiled: as `torch.compile` runs it: elementwise work is merged, and calls cost less.
 
     Raises:
-        InputError: for sizes that are missing or unknown, a device that is unknown, or a dtype that it lacks.
-        UnsupportedError: for an operator or a module whose work is not known.
+        InputError: for sizes that are missing, unknown or out of range, a device that is unknown, or a dtype that it
+            lacks.
 
+    >>> from fxreuse.cost_model.summary import summarise
     >>> from fxreuse.frontend import load_program
     >>> layer = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
-    >>> program = load_program(layer, torch.ones(2, 8, 64))
-    >>> short, long = (predict_program(program, "A100", {"B": 1, "T": length}) for length in (1024, 4096))
+    >>> summary = summarise(load_program(layer, torch.ones(2, 8, 64)))
+    >>> short, long = (predict_latency(summary, "A100", {"B": 1, "T": length}) for length in (1024, 4096))
     >>> short.seconds < long.seconds
     True
     """
-    return Latency(program).predict(device, sizes, compiled=compiled)
+    values = summary.values_of_example() if sizes is None else summary.values(**sizes)
+    return predict(summary.operations, values, Device.of(device), compiled=compiled)
 
 
 def predict(
@@ -180,9 +149,11 @@ def kernel_seconds(kernel: Kernel, moved: Traffic, device: Device, compiled: boo
     touched = sum(size for _, size in (*kernel.reads, *kernel.writes))
     if kernel.product is None:
         work = max(work, touched / device.cache_rate)
-    work = max(work, moved.memory / device.memory) + moved.faulted * device.fault
+    away = moved.memory / device.memory
     dispatch = device.dispatch(kernel.dispatch, compiled) if kernel.dispatch else 0.0
-    return max(dispatch, work) if device.asynchronous else dispatch + work
+    if device.asynchronous:
+        return max(dispatch, work, away)
+    return dispatch + work + away + moved.faulted * device.fault
 
 
 def _arithmetic(kernel: Kernel, device: Device, compiled: bool) -> float:
@@ -222,7 +193,9 @@ def _evaluator(values: Mapping[sympy.Symbol, int]) -> Callable[[sympy.Expr], int
             number = sympy.sympify(expression).xreplace(replaced)
             if number.free_symbols:
                 missing = ", ".join(sorted(map(str, number.free_symbols)))
-                raise InputError(f"The size {missing} is missing: {expression} depends on it.")
+                raise InputError(
+                    f"The size {missing} has no value, but an operation's size {expression} depends on it."
+                )
             found = known[expression] = int(number)
         return found
 

@@ -114,7 +114,7 @@ SERVER_CPU = Device(
         "add": 3e-11, "gelu": 2.4e-10, "silu": 2.1e-10, "tanh": 1.3e-9, "softmax": 3e-10, "layer_norm": 1.4e-10,
         "batch_norm": 1e-10, "group_norm": 1.4e-10, "strided": 4e-10,
     },
-    score=2.5e-10,
+    score=1.5e-10,
     masked_score=2e-10,
     ragged=5e-10,
     memory=30e9,

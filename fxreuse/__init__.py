@@ -1,8 +1,8 @@
 """A compiler for cross-layer redundancy in Transformers.
 
 `apply` captures any Transformer as one `torch.fx` graph, finds its attentions by data flow, and lets groups of layers
-share one attention map. `find_attention` shows what was found, `report` what a plan saves, `describe` what was done,
-`verify` whether it is right and what it gains.
+share one attention map or one set of weights, or gives attention priors that `prune` cuts by. `find_attention` shows
+what was found, `report` what a plan saves, `describe` what was done, `verify` whether it is right and what it gains.
 """
 
 from .apply import apply, describe, find_attention
@@ -11,7 +11,9 @@ from .cost_report import CostReport
 from .errors import CaptureError, FxReuseError, InputError, PlanError, UnsupportedError
 from .map_workspace import release_workspaces
 from .plan import Plan
-from .record import Decision, Note, Record
+from .prune import PruneStep, prune, prune_schedule
+from .pruning import SitePruning
+from .record import Decision, FitError, Note, Record, SharedMatrix
 from .report import report
 from .verify import Verification, verify
 from .warn import TrainingWarning
@@ -24,18 +26,24 @@ __all__ = [
     "CaptureError",
     "CostReport",
     "Decision",
+    "FitError",
     "FxReuseError",
     "InputError",
     "Note",
     "Plan",
     "PlanError",
+    "PruneStep",
     "Record",
+    "SharedMatrix",
+    "SitePruning",
     "TrainingWarning",
     "UnsupportedError",
     "Verification",
     "apply",
     "describe",
     "find_attention",
+    "prune",
+    "prune_schedule",
     "release_workspaces",
     "report",
     "verify",

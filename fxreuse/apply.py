@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import copy as copying
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch.export import ExportedProgram
 
 from .attention import AttentionSites
-from .cost_model.count import count
+from .blueprint import Blueprint
 from .emit import emit
 from .errors import FxReuseError, PlanError, UnsupportedError
 from .find import find
 from .frontend import load_program
 from .inputs import check_model
+from .lay_plan import lay_plan
+from .leaves import example_leaves
+from .lengths import bound_lengths
 from .passes.fold_modules import fold_modules
-from .passes.lay_reuse import lay_reuse
-from .plan import Plan
+from .plan import Plan, Reuse
+from .plan_fiak import Fiak
 from .program import Program
-from .record import Decision, Note, Record
+from .record import Record
 from .rewritten import Rewritten
-from .stack_choice import choose_stack
 from .target import captured_inputs, replace_submodule
 from .warn import warn_of_losses
+from .weigh import weigh, with_priors
 
 
 def apply(
@@ -37,7 +37,7 @@ def apply(
     target: str | None = None,
     copy: bool = False,
 ) -> torch.nn.Module:
-    """Rewrite a model by a plan: in each group of layers, one attention map serves all.
+    """Rewrite a model by a plan: in each group of layers one attention map, or one set of weights, serves all.
 
     Arguments:
         model: any Transformer, or a `torch.export.ExportedProgram` of one. It is not changed (but see ``target``).
@@ -78,72 +78,62 @@ def apply(
 
 def _apply(model: torch.nn.Module | ExportedProgram, plan: Plan, example_inputs: Any, copy: bool) -> Rewritten:
     program = load_program(model, example_inputs)
-    rewritten = rewrite(program, find(program), plan, model)
+    rewritten = rewrite(program, find(program), plan, model, example_inputs)
     warn_of_losses(rewritten.record)
     return copying.deepcopy(rewritten) if copy else rewritten
 
 
-def rewrite(program: Program, sites: AttentionSites, plan: Plan, model: torch.nn.Module | ExportedProgram) -> Rewritten:
-    """What `apply` makes of a captured program whose attentions were found; ``model`` only says which modes it has."""
+def rewrite(
+    program: Program,
+    sites: AttentionSites,
+    plan: Plan,
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+) -> Rewritten:
+    """What `apply` makes of a captured program whose attentions were found.
+
+    ``model`` says which modes it has; it and the example inputs are run where weights are fitted to it.
+    """
     if not len(sites):
         reasons = "; ".join(f"{r.path or 'the model'}: {r.reason}" for r in sites.rejected[:5])
         raise UnsupportedError(
             f"{program.name} has no attention that could be rewritten. "
             + (f"Softmaxes that were looked at: {reasons}." if reasons else "Its graph has no softmax at all.")
         )
-    program, record = _rewrite(program, sites, plan)
-    modes = {"": False} if isinstance(model, ExportedProgram) else {p: m.training for p, m in model.named_modules()}
-    return emit(fold_modules(program), record, [site.layer_path for site in sites if site.layer_path], modes)
-
-
-def _rewrite(program: Program, sites: AttentionSites, plan: Plan) -> tuple[Program, Record]:
-    stacks = {name: len(members) for name, members in sites.stacks.items()}
-    decisions: tuple[Decision, ...] = ()
-    removed: dict[str, int] = {}
-    added: dict[str, int] = {}
-    buffers: tuple[str, ...] = ()
-    notes: list[Note] = []
-    for step in plan.passes:
-        name, leaders = choose_stack(step, stacks)
-        if any(decision.stack == name for decision in decisions):
-            raise PlanError(f"plan {str(plan)!r} names the stack {name} twice; give every stack one part of the plan.")
-        result = lay_reuse(program, sites.stacks[name], leaders, step)
-        notes += result.notes
-        notes += _note_gain(program, result.program, step.values, name)
-        program = keep_leaders(result.program, result.decisions, sites)
-        decisions += result.decisions
-        removed |= result.removed
-        added |= result.added
-        buffers += result.buffers_removed
-    record = Record(str(plan), stacks, decisions, removed, added, tuple(notes), buffers_removed=buffers)
-    return program, record
-
-
-def _note_gain(before: Program, after: Program, values: int, stack: str) -> list[Note]:
-    """A note where wider values cost all the work that shared maps save."""
-    if values == 1:
-        return []
-    saved = sympy.expand(count(before).macs - count(after).macs)
-    if not saved.is_nonpositive:
-        return []
-    price = "as much as" if saved == 0 else "more than"
-    text = f"values={values} costs {price} reuse saves: no fewer multiply-accumulates than before, at any length"
-    return [Note("cost", stack, text, "leave values= out for speed; it is there to keep the number of parameters")]
-
-
-def keep_leaders(program: Program, decisions: Sequence[Decision], sites: AttentionSites) -> Program:
-    """LayerDrop never drops a layer whose map others need."""
-    leading = {decision.site for decision in decisions if decision.action == "lead"}
-    kept = [site.layer_path for site in sites if str(site) in leading and site.layer_path in program.layerdrop]
-    if not kept:
-        return program
-    layers = "the layer" if len(kept) == 1 else f"the {len(kept)} layers"
-    text = f"LayerDrop never drops {layers} whose attention map others use"
-    return dataclasses.replace(
-        program,
-        layerdrop={path: p for path, p in program.layerdrop.items() if path not in kept},
-        notes=(*program.notes, Note("layerdrop", kept[0], text)),
+    _check_again(model, plan)
+    program, sites = bound_lengths(model, example_inputs, program, sites, plan)
+    weighed = weigh(program, sites, plan)
+    call = program.call
+    program, record = lay_plan(
+        weighed.program, sites, plan, lambda: example_leaves(model, call, example_inputs), captured=program
     )
+    modes = {"": False} if isinstance(model, ExportedProgram) else {p: m.training for p, m in model.named_modules()}
+    layer_paths = tuple(site.layer_path for site in sites if site.layer_path)
+    rewritten = emit(fold_modules(program), with_priors(record, weighed), layer_paths, modes)
+    if weighed.priors:
+        rewritten.blueprint = Blueprint.of(program, layer_paths, weighed.priors)
+    return rewritten
+
+
+def _check_again(model: torch.nn.Module | ExportedProgram, plan: Plan) -> None:
+    """What an earlier plan made of a model may leave no layers that correspond.
+
+    Raises:
+        PlanError: the plan shares weights in a model whose layers differ by what an earlier plan did.
+    """
+    if isinstance(model, ExportedProgram) or all(isinstance(step, (Reuse, Fiak)) for step in plan.passes):
+        return
+    for module in model.modules():
+        if not isinstance(module, Rewritten):
+            continue
+        followers = any(decision.action == "follow" for decision in module.record.decisions)
+        residuals = any(matrix.residual for matrix in module.record.matrices)
+        if followers or residuals:
+            raise PlanError(
+                f"plan {str(plan)!r}: {module.name} was rewritten by {module.record.plan!r} before, so that its layers "
+                f"{'have residuals' if residuals else 'are not alike'}; lay both in one plan over the original, as in "
+                f"'{module.record.plan} | {plan}'."
+            )
 
 
 def find_attention(

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,11 +29,17 @@ from .program import Argument, CallingConvention, Leaf, Program, fixed_size, kin
 from .quiet import quiet_export
 from .record import Note
 from .training import probe
+from .unrewritable import refuse_flex_attention, refuse_unrewritable
 from .untouched import untouched
 from .witness import mark_dtypes
 
+# The number of layers from which keeping the sizes of results makes an export faster.
+_MANY_LAYERS = 7
 
-def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None) -> Program:
+
+def capture(
+    model: torch.nn.Module | ExportedProgram, example_inputs: Any = None, fixed_lengths: bool = False
+) -> Program:
     """Capture a model as one flat graph with free sizes.
 
     Batch and lengths stay free wherever the model allows it; image axes are fixed. Capture runs in evaluation mode
@@ -41,6 +48,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     Arguments:
         model: any module, or a program that `torch.export` made.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; inferred where left out.
+        fixed_lengths: leave only the batch free. (The sizes of an exported program are what they are.)
 
     Raises:
         CaptureError: where no way of capturing works; it names the line at fault and what to try.
@@ -51,8 +59,8 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     inputs = normalise(model, example_inputs)
     with untouched(model), eval_mode(model), caches_off(model):
         facts = probe(model, inputs.args, inputs.kwargs)
-        with marked(model) as modules:
-            program, how = _trace(model, inputs)
+        with untouched(model), marked(model) as modules:  # what a forward leaves in a module has free sizes here
+            program, how = _trace(model, inputs, fixed_lengths)
         dtype_notes = mark_dtypes(program, model, inputs)
     program.notes = (*_size_notes(program, how), *dtype_notes, *facts.lost)
     program.mode_modules = modules
@@ -64,7 +72,7 @@ def capture(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None
     return program
 
 
-def _trace(model: torch.nn.Module, inputs: Inputs) -> tuple[Program, str]:
+def _trace(model: torch.nn.Module, inputs: Inputs, fixed_lengths: bool) -> tuple[Program, str]:
     """The program, and how it was exported.
 
     A model that keeps something of its last call (a table for the length that it saw) ties the graph to that length
@@ -72,12 +80,12 @@ def _trace(model: torch.nn.Module, inputs: Inputs) -> tuple[Program, str]:
     """
 
     def attempt(given: Inputs) -> tuple[Program, str]:
-        exported, how = export(model, given)
+        exported, how = export(model, given, fixed_lengths=fixed_lengths)
         signature = inspect.signature(model.forward)
         return _to_program(exported, bind(model, given), signature, type(model).__name__), how
 
     found = attempt(inputs)
-    if not _tied(found[0]):
+    if fixed_lengths or not _tied(found[0]):
         return found
     try:
         other = attempt(shorten(inputs))
@@ -87,15 +95,22 @@ def _trace(model: torch.nn.Module, inputs: Inputs) -> tuple[Program, str]:
 
 
 def _tied(program: Program) -> bool:
-    """Whether a guard fixes a length: an expression of it, or the length of a matrix, equals a number."""
+    """Whether a guard fixes a length: an expression of it, or the length of a matrix, equals a number.
+
+    What divides a length leaves it free.
+    """
     ndim = {leaf.name: leaf.ndim for leaf in program.call.leaves}
     for guard in program.guards:
-        if re.search(r"== \d+$", guard.source) and any(dim == 1 and ndim[leaf] == 2 for leaf, dim in guard.sizes()):
+        if re.fullmatch(r"[^%]*== \d+", guard.source) and any(
+            dim == 1 and ndim[leaf] == 2 for leaf, dim in guard.sizes()
+        ):
             return True
     return False
 
 
-def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[ExportedProgram, str]:
+def export(
+    model: torch.nn.Module, inputs: Inputs, attempts: int = 3, fixed_lengths: bool = False
+) -> tuple[ExportedProgram, str]:
     """Non-strict, then strict, then with fixed sizes. Returns the program and how it was made."""
     widened = widen_batch(inputs)
     ways = [
@@ -106,14 +121,16 @@ def export(model: torch.nn.Module, inputs: Inputs, attempts: int = 3) -> tuple[E
     errors = []
     for how, given, strict, free in ways[:attempts]:
         try:
-            with warnings.catch_warnings(), _tracing(), named_keywords(model, given.kwargs):
-                shapes = free_shapes(model, given) if free else None
+            with untouched(model), warnings.catch_warnings(), _tracing(model), named_keywords(model, given.kwargs):
+                shapes = free_shapes(model, given, fixed_lengths) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
-            return exported, how
         except Exception as error:
+            refuse_flex_attention(error, type(model).__name__)
             errors.append((how, error))
+        else:
+            return exported, how
     _check_inputs_run(model, inputs)
     raise capture_error(model, errors)
 
@@ -142,11 +159,22 @@ def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard; nothing is said."""
+def _tracing(model: torch.nn.Module) -> Iterator[None]:
+    """Sizes are free from 0 on, so that a branch on a batch of 1 leaves a guard; nothing is said.
+
+    Torch keeps the sizes of every result, to find them again at the next call of the operator. With free sizes that
+    costs more than it saves unless many layers repeat: a third of the time of a model of two.
+    """
     free_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with quiet_export(), free_sizes, idle_conversions():
+    results_kept = torch._dynamo.config.patch(fake_tensor_cache_enabled=_most_repeated(model) >= _MANY_LAYERS)
+    with quiet_export(), free_sizes, results_kept, idle_conversions():
         yield
+
+
+def _most_repeated(model: torch.nn.Module) -> int:
+    """How many modules there are of the class that most of those with children have: the number of layers."""
+    classes = Counter(type(module) for module in model.modules() if module._modules)
+    return max(classes.values(), default=0)
 
 
 @contextlib.contextmanager
@@ -180,6 +208,7 @@ def caches_off(model: torch.nn.Module) -> Iterator[None]:
 
 def _to_program(exported: ExportedProgram, bound: dict[str, Any], signature: inspect.Signature, name: str) -> Program:
     module = exported.module(check_guards=False)
+    refuse_unrewritable(module, name)
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     module.graph.set_codegen(fx.graph.CodeGen())
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]

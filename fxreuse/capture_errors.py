@@ -20,7 +20,7 @@ def capture_error(model: torch.nn.Module, errors: Sequence[tuple[str, Exception]
 the attentions with target='path.of.the.encoder', or pass other example_inputs.
     """
     _, first = errors[0]
-    line = _line_at_fault(first)
+    line = line_at_fault(first)
     depends = any(mark in f"{type(error).__name__} {error}" for _, error in errors for mark in _VALUES)
     reason = "Its Python depends on the values of a tensor, which a graph does not have. " if depends else ""
     ways: dict[str, list[str]] = {}
@@ -42,7 +42,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
 
 
-def _line_at_fault(error: Exception) -> str:
+def line_at_fault(error: BaseException) -> str:
     """The innermost line of the traceback that is not torch's own, as ``file:line in function: code``."""
     place = ""
     trace = error.__traceback__

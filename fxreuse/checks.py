@@ -20,12 +20,14 @@ from .numerics import Difference, KeepFloat64, difference
 from .record import Record
 from .reference import MapSharing, site_key
 from .verification import CompileCheck, OutputCheck, SpeedCheck, speedups
+from .weight_reference import has_weights_for, put_weights
 
 EXACT = 1e-10
 STORED_MAP = 2e-2
 # A comparison that takes longer than this many seconds is made at fewer batch sizes.
 _SLOW = 3.0
-_CHANGE_THE_FUNCTION = frozenset({"share", "residual", "fiak"})
+_CHANGE_THE_FUNCTION = frozenset({"fiak"})
+_SHARE_WEIGHTS = frozenset({"share", "residual"})
 
 Compiled = Callable[..., Any]
 Shapes = Mapping[SiteKey, tuple[int, ...]]
@@ -96,10 +98,12 @@ def check_outputs(pair: Pair, record: Record | None, tolerance: float | None) ->
     """
     followers = _followers(record)
     plan = record.plan if record else ""
-    changing = sorted(_CHANGE_THE_FUNCTION & {part.split()[0] for part in plan.split("|") if part.strip()})
+    known = record is None or has_weights_for(record)
+    unknown = _CHANGE_THE_FUNCTION if known else _CHANGE_THE_FUNCTION | _SHARE_WEIGHTS
+    changing = sorted(unknown & {part.split()[0] for part in plan.split("|") if part.strip()})
     if tolerance is None:
         tolerance = STORED_MAP if re.search(r"\bdtype=", plan) else EXACT
-    wide, batch = pair.cast(torch.float64), pair.batch_size()
+    wide, batch = _meant(pair.cast(torch.float64), record), pair.batch_size()
     begun = time.perf_counter()
     total, shapes = _compare(wide, followers)
     took = time.perf_counter() - begun
@@ -116,10 +120,13 @@ def check_outputs(pair: Pair, record: Record | None, tolerance: float | None) ->
             continue
         total = total.merged(found)
         sizes.append(size)
-    single, _ = _compare(pair.cast(torch.float32), followers) if tensors else (total, shapes)
+    single, _ = _compare(_meant(pair.cast(torch.float32), record), followers) if tensors else (total, shapes)
     count = f"{len(followers)} follower{'' if len(followers) == 1 else 's'}"
+    against = f"eager sharing, {count}" if followers else "the original"
+    if record is not None and record.matrices and known:
+        against += ", its weights shared" if followers else " with shared weights"
     check = OutputCheck(
-        against=f"eager sharing, {count}" if followers else "the original",
+        against=against,
         error_float64=total.error,
         error_float32=single.error,
         tolerance=tolerance,
@@ -131,6 +138,13 @@ def check_outputs(pair: Pair, record: Record | None, tolerance: float | None) ->
         notes=tuple(notes),
     )
     return check, shapes
+
+
+def _meant(pair: Pair, record: Record | None) -> Pair:
+    """The pair with an original whose weights are those that the rewritten model works with."""
+    if record is not None and record.matrices and has_weights_for(record):
+        put_weights(pair.original, pair.rewritten, record)
+    return pair
 
 
 class _RefusedError(Exception):

@@ -18,7 +18,8 @@ from typing import Any
 
 import fxreuse
 
-from . import cost_tables, demo, model_spec
+from . import demo, model_spec
+from .cost_tables import breakdown
 from .errors import FxReuseError
 from .inspection import inspect_model
 from .progress import Progress
@@ -93,7 +94,7 @@ def _report(options: argparse.Namespace) -> bool:
             found.plot(options.plot)
     print(text)
     if options.breakdown and not options.json:
-        print(f"\n{cost_tables.breakdown(found, 'github' if options.markdown else 'simple')}")
+        print(f"\n{breakdown(found, 'github' if options.markdown else 'simple')}")
     return True
 
 
@@ -110,7 +111,12 @@ def _verify(options: argparse.Namespace) -> bool:
         progress(f"applying {options.plan}")
         rewritten = fxreuse.apply(loaded.model, options.plan, loaded.example_inputs)
         result = fxreuse.verify(
-            loaded.model, rewritten, loaded.example_inputs, compile=options.compile, progress=progress
+            loaded.model,
+            rewritten,
+            loaded.example_inputs,
+            compile=options.compile,
+            breakdown=options.breakdown,
+            progress=progress,
         )
     print(result.to_json() if options.json else result)
     return result.passed
@@ -176,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     verify.add_argument("--plan", required=True, help="for instance 2x6: groups of 2 layers, 6 of them")
     verify.add_argument("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
+    verify.add_argument("--breakdown", action="store_true", help="measure the time of every part, too")
     verify.set_defaults(run=_verify)
 
     demonstrate = commands.add_parser("demo", help="everything in one run, on HuBERT-base and ten seconds of audio")

@@ -31,9 +31,19 @@ class Container(torch.nn.Module):
 def container_for(original: torch.nn.Module | None, plain: bool = False) -> torch.nn.Module:
     """An empty container that stands for a module; lists stay lists, so that they can be indexed, unless ``plain``."""
     if plain:
-        return Container(type(original).__name__)
+        return Container(class_name(original))
     if isinstance(original, (torch.nn.ModuleList, torch.nn.Sequential)):
         return torch.nn.ModuleList()
     if isinstance(original, torch.nn.ModuleDict):
         return torch.nn.ModuleDict()
-    return Container("" if original is None else type(original).__name__)
+    return Container("" if original is None else class_name(original))
+
+
+def class_name(original: torch.nn.Module | None) -> str:
+    """The name of a module's class; of one that stands for another, that of the other's.
+
+    >>> class_name(torch.nn.ReLU()), class_name(Container("ReLU"))
+    ('ReLU', 'ReLU')
+    """
+    known = getattr(original, "original", None)
+    return known if isinstance(known, str) else type(original).__name__

@@ -118,14 +118,14 @@ def _einsum(node: fx.Node) -> Contraction | None:
     named = arguments(node)
     tensors = named["tensors"]
     labels = einsum_labels(named["equation"], [len(sizes(t)) for t in tensors])
-    multiplied = [place for place, t in enumerate(tensors) if len(tensors) == 2 or not _is_attribute(t)]
+    multiplied = [place for place, t in enumerate(tensors) if len(tensors) == 2 or not is_attribute(t)]
     if labels is None or len(multiplied) != 2:
         return None
     left, right = multiplied
     return Contraction(node, tensors[left], tensors[right], labels[left], labels[right], labels[-1])
 
 
-def _is_attribute(node: fx.Node) -> bool:
+def is_attribute(node: fx.Node) -> bool:
     """Whether a value is a view of a parameter, a buffer or a constant."""
     while packet(node) in VIEWS | REGROUPING:
         node = node.all_input_nodes[0]

@@ -10,7 +10,7 @@ import sympy
 
 from .attention import AttentionSite
 from .cost_model.summary import Summary
-from .plan import Plan
+from .plan import Plan, Reuse
 from .record import Record
 
 #: The tokens of the past, and those that are new.
@@ -66,9 +66,9 @@ def _widths(record: Record | None) -> dict[str, int]:
     """How many times wider the values of followers are, by stack."""
     if record is None:
         return {}
-    steps = Plan.of(record.plan).passes
-    stacks = list(dict.fromkeys(decision.stack for decision in record.decisions))
-    return dict(zip(stacks, (step.values for step in steps), strict=False))
+    steps = [step for step in Plan.of(record.plan).passes if isinstance(step, Reuse)]
+    reused = (decision.stack for decision in record.decisions if decision.action in ("keep", "lead", "follow"))
+    return dict(zip(dict.fromkeys(reused), (step.values for step in steps), strict=True))
 
 
 def _step(macs: sympy.Expr, tokens: sympy.Symbol) -> sympy.Expr:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
-from .containers import container_for
+from .containers import class_name, container_for
 from .outline import Region, find_regions, is_size, rebuild_size, schedule, size_sources
 from .program import Program
 from .record import Note, Record
@@ -146,7 +146,7 @@ def _size(
 
 def _class_name(program: Program, path: str) -> str:
     original = program.originals.get(path)
-    return type(original).__name__ if original is not None else "Layer"
+    return class_name(original) if original is not None else "Layer"
 
 
 def _grow(

@@ -57,8 +57,11 @@ def shorten(inputs: Inputs) -> Inputs:
     return Inputs(*pytree.tree_map(cut, (inputs.args, inputs.kwargs)))
 
 
-def free_shapes(model: torch.nn.Module, inputs: Inputs) -> Any:
-    """Which sizes of which inputs are free: all but image axes and single rows, in the form that export takes."""
+def free_shapes(model: torch.nn.Module, inputs: Inputs, fixed_lengths: bool = False) -> Any:
+    """Which sizes of which inputs are free: all but image axes and single rows, in the form that export takes.
+
+    With ``fixed_lengths`` only the first ones, the batch.
+    """
     leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
     lengths = {size for leaf in leaves if leaf.ndim in (1, 2, 3) for size in leaf.shape[1:]}
 
@@ -66,7 +69,7 @@ def free_shapes(model: torch.nn.Module, inputs: Inputs) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return None
         image = leaf.ndim > 3 and leaf.is_floating_point() and leaf.shape[-1] not in lengths
-        dims = range(min(leaf.ndim, 1) if image else leaf.ndim)
+        dims = range(min(leaf.ndim, 1) if image or fixed_lengths else leaf.ndim)
         return {dim: Dim.AUTO for dim in dims if leaf.ndim < 4 or leaf.shape[dim] != 1}
 
     return pytree.tree_map(free, bind(model, inputs))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections import Counter
-from typing import Any
 
 from torch import fx
 
@@ -19,7 +17,7 @@ from .flow import FUSED, Flow
 from .follow import arguments, packet
 from .heads import Roles, fused_roles, map_shape, score_roles
 from .mask_names import MaskNames
-from .program import Program, input_sizes, module_path, module_stack
+from .program import Program, input_sizes, module_path, module_stack, source_line
 from .scores import Scores, find_scores, push
 from .softmaxes import EXPONENTIAL, Softmax, is_summed, softmax_of
 from .stacks import Place, assign_stacks
@@ -271,11 +269,3 @@ def _at_softmax(layout: Layout, scores: Scores, flow: Flow) -> Layout:
 
 def _joined(one: str, other: str) -> str:
     return other if one == "none" else f"{one}+{other}"
-
-
-def source_line(node: fx.Node) -> str:
-    """The innermost line of the model's own code that a node came from, as ``file:line: code``."""
-    trace: Any = node.meta.get("stack_trace") or ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
-    return "" if not own else "{}:{}: {}".format(*own[-1])

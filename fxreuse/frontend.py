@@ -15,10 +15,12 @@ from .untouched import collector_paused, untouched
 from .waive import waive_single_values
 
 
-def load_program(model: torch.nn.Module | ExportedProgram, example_inputs: Any = None) -> Program:
+def load_program(
+    model: torch.nn.Module | ExportedProgram, example_inputs: Any = None, fixed_lengths: bool = False
+) -> Program:
     """Capture a model and normalise it. See `fxreuse.capture.capture`."""
     with collector_paused():
-        program = normalise(capture(model, example_inputs))
+        program = normalise(capture(model, example_inputs, fixed_lengths))
     if isinstance(model, ExportedProgram):
         return program
     with untouched(model), eval_mode(model), caches_off(model):

@@ -29,7 +29,9 @@ def parse_groups(text: str) -> Groups:
         return groups
     repaired = _repair(text)
     hint = f" (did you mean {repaired}?)" if repaired else ""
-    raise PlanError(f"neither a pass nor groups{hint}; the pass is reuse, groups are such as {', '.join(FORMS)}")
+    raise PlanError(
+        f"neither a pass nor groups{hint}; passes are reuse, share and residual, groups are such as {', '.join(FORMS)}"
+    )
 
 
 def _read(text: str) -> Groups | None:

@@ -17,7 +17,9 @@ from .errors import CaptureError, InputError
 from .program import Guard, Leaf, fixed_size, kind_of
 
 _UNBOUNDED = 2**31
-_WORDS_OF_GUARDS = {"size", "min", "max", "abs", "math", "or", "and", "not"}
+# Functions of sizes, and of the numbers made of them (``arange`` with an end that is no integer), in torch's spelling.
+_OF_SIZES = {"sym_float", "sym_int", "sym_max", "sym_min"}
+_WORDS_OF_GUARDS = {"size", "min", "max", "abs", "math", "or", "and", "not", "torch"} | _OF_SIZES
 _SIZE = re.compile(r"L((?:\[[^\]]*\])+)\.size\(\)\[(\d+)\]")
 _SIMPLE = re.compile(r"size\(\"([^\"]*)\", (\d+)\) (==|!=|<=|>=|<|>) (-?\d+)")
 _SWAPPED = re.compile(r"(-?\d+) (==|!=|<=|>=|<|>) (size\(\"[^\"]*\", \d+\))")
@@ -113,7 +115,8 @@ def make_guard(source: str) -> Guard:
     if simple:
         name, dim, relation, bound = simple.groups()
         return Guard(source, f"{name}: dimension {dim} {_WORDS[relation]} {bound}")
-    return Guard(source, re.sub(r'size\("([^"]*)", (\d+)\)', r"\1.shape[\2]", source))
+    words = re.sub(r'size\("([^"]*)", (\d+)\)', r"\1.shape[\2]", source)
+    return Guard(source, re.sub(r"\b(math\.|torch\.sym_)", "", words))
 
 
 def allow_batch_of_one(guards: Iterable[Guard], leaf: Leaf) -> tuple[Guard, ...]:
@@ -148,7 +151,8 @@ def holds(guard: Guard, sizes: Mapping[tuple[str, int], int]) -> bool:
     >>> holds(make_guard('size("x", 0) % 4 == 0'), {("x", 0): 8})
     True
     """
-    scope = {"size": lambda leaf, dim: sizes[leaf, dim], "max": max, "min": min, "math": math, "abs": abs}
+    functions = {"max": max, "min": min, "math": math, "abs": abs, "torch": torch}
+    scope = {"size": lambda leaf, dim: sizes[leaf, dim], **functions}
     return bool(eval(guard.source, {"__builtins__": {}}, scope))
 
 
@@ -196,6 +200,7 @@ def checker(guards: Sequence[Guard], leaves: Sequence[Leaf], name: str) -> Calla
             "Convert it, or apply the plan again with example_inputs of this kind."
         )
 
-    scope = {"fail": fail, "fail_rank": fail_rank, "fail_kind": fail_kind, "kind_of": kind_of, "math": math}
+    raising = {"fail": fail, "fail_rank": fail_rank, "fail_kind": fail_kind}
+    scope = {**raising, "kind_of": kind_of, "math": math, "torch": torch}
     exec("\n".join(lines), scope)
     return scope["check"]  # type: ignore[return-value]

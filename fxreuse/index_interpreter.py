@@ -7,7 +7,6 @@ so does the result of every operator that is not in the tables of `index_element
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -19,11 +18,9 @@ from .index_call import Call, is_tensor
 from .index_elementwise import INTEGERS
 from .index_forms import NARROW_LIMIT, Affine, Cases, Unknown, Value
 from .index_tables import stored
+from .memory import written_tensors
 
 HANDLERS = {**index_elementwise.HANDLERS, **index_layout.HANDLERS, **index_series.HANDLERS}
-
-#: Operators that may return their input, or part of it, although their schema does not say so.
-_HIDDEN_ALIASES = frozenset((torch.ops.aten.type_as, torch.ops.aten.dropout, torch.ops.aten.feature_dropout))
 
 
 class IndexForms(Mapping[fx.Node, Value]):
@@ -92,54 +89,3 @@ def _narrow(value: Value) -> Value:
 def _handler(node: fx.Node) -> Callable[[Call], Value] | None:
     target = node.target
     return HANDLERS.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
-
-
-def written_tensors(graph: fx.Graph) -> frozenset[fx.Node]:
-    """The nodes whose memory some operator writes into, at any time: what they hold depends on when it is read.
-
-    Two nodes share memory, as far as can be told, if one is a view of the other by the operator's schema, or comes out
-    of an operator without a schema (a module, a sub-graph, `getitem`).
-    """
-    owner: dict[fx.Node, fx.Node] = {}
-
-    def find(node: fx.Node) -> fx.Node:
-        while owner.setdefault(node, node) is not node:
-            owner[node] = owner[owner[node]]
-            node = owner[node]
-        return node
-
-    written = []
-    for node in graph.nodes:
-        viewed, overwritten = _effects(node)
-        written += overwritten
-        for source in viewed:
-            owner[find(node)] = find(source)
-    roots = {find(node) for node in written}
-    return frozenset(node for node in graph.nodes if find(node) in roots) if roots else frozenset()
-
-
-def _effects(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The inputs that a node's result may share memory with, and those that it writes into."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        shares = node.op == "call_module" or (node.op == "call_function" and not _is_size_arithmetic(node))
-        return (node.all_input_nodes if shares else []), []
-    if target.overloadpacket in _HIDDEN_ALIASES:
-        return node.all_input_nodes, []
-    viewed: list[fx.Node] = []
-    written: list[fx.Node] = []
-    given = {argument.name: value for argument, value in zip(target._schema.arguments, node.args, strict=False)}
-    given.update(node.kwargs)
-    for argument in target._schema.arguments:
-        if argument.alias_info is not None and argument.name in given:
-            nodes: list[fx.Node] = []
-            fx.node.map_arg(given[argument.name], nodes.append)
-            viewed += nodes
-            written += nodes if argument.alias_info.is_write else []
-    return viewed, written
-
-
-def _is_size_arithmetic(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymBool, torch.SymFloat)) and (
-        node.target is not operator.getitem
-    )

@@ -21,13 +21,13 @@ def stored(node: fx.Node) -> Value:
     """What is known of a tensor that no operator made: an input, a parameter, a buffer, a constant."""
     kind = {"placeholder": "the input", "get_attr": "the tensor"}.get(node.op, "the result of")
     unknown = Unknown(f"{kind} {node.target}")
-    tensor = _constant(node) if node.op == "get_attr" else None
+    tensor = constant_tensor(node) if node.op == "get_attr" else None
     if tensor is None or isinstance(tensor, FakeTensor) or tensor.is_meta or not 0 < tensor.numel() <= TABLE_LIMIT:
         return unknown
     return table(tensor.detach().cpu()) or unknown
 
 
-def _constant(node: fx.Node) -> torch.Tensor | None:
+def constant_tensor(node: fx.Node) -> torch.Tensor | None:
     """The tensor that a node reads, if it is one that no checkpoint replaces."""
     module = node.graph.owning_module
     owner, _, name = str(node.target).rpartition(".")

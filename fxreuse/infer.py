@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from .errors import InputError
 from .infer_config import huggingface_arguments, required
+from .leftovers import nothing_left
 from .samples import BATCH, LENGTH, OTHER_LENGTH, Sampler, length_beside
 
 _TORCH_TRANSFORMERS: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
@@ -151,7 +152,7 @@ def _first_that_runs(
     failures = []
     for candidate in candidates:
         try:
-            with mode, torch.no_grad(), _quiet():
+            with nothing_left(twin), mode, torch.no_grad(), _quiet():
                 twin(**{name: mode.from_tensor(value) for name, value in candidate.arguments.items()})
         except right:
             return candidate.arguments

@@ -20,7 +20,7 @@ from .frontend import load_program
 from .groups import fitting
 from .layout_names import Layout, LayoutNames
 from .passes.lay_reuse import lay_reuse
-from .plan import Plan
+from .plan import Plan, Reuse
 from .program import Guard, Program, fixed_size
 from .record import Note
 from .target import captured_inputs
@@ -222,6 +222,7 @@ def _in_pairs(groups: Sequence[int]) -> list[int]:
 def _refusal(program: Program, members: Sequence[AttentionSite], plan: str) -> str:
     """Why a stack does not take a plan; empty where it does."""
     [step] = Plan.parse(plan).passes
+    assert isinstance(step, Reuse)
     try:
         lay_reuse(program, members, step.groups.leaders(len(members)), step)
     except FxReuseError as error:

@@ -17,15 +17,15 @@ from torch import fx
 
 from .arrangement import ROWS, Arrangement, arrange, fits
 from .attention import AttentionSite
-from .contractions import Contraction, contraction
+from .contractions import Contraction, contraction, is_attribute
 from .errors import UnsupportedError
-from .find import source_line
 from .flow import FUSED
 from .follow import aten, packet
 from .nodes import is_call
-from .program import Program
+from .program import Program, source_line
 from .projections import Projection, hints, is_move, is_unary, read_projection, run
 
+_SUMS = frozenset({aten.add, aten.sub})
 #: Elementwise operators of two tensors after which every channel is still at its place.
 KEEPING = frozenset({aten.add, aten.sub, aten.mul, aten.div, aten.masked_fill, aten.where})
 
@@ -318,12 +318,13 @@ def way_of_output(program: Program, site: AttentionSite, context: int = 0) -> Wa
     reader = context_of(program, site, context)
     found = list(_forward(program, (reader,)))
     ways = [way for way in found if not isinstance(way, Obstacle)]
-    if len(ways) != 1:
-        obstacle = next((way for way in found if isinstance(way, Obstacle)), Obstacle(reader, "is not read"))
-        several = Obstacle(reader, f"is read by {len(ways)} projections")
-        stop = several if ways else obstacle
+    obstacles = [way for way in found if isinstance(way, Obstacle)]
+    if len(ways) > 1:
+        obstacles = [Obstacle(reader, f"is read by {len(ways)} projections")]
+    if obstacles or not ways:
+        stop = obstacles[0] if obstacles else Obstacle(reader, "is not read")
         raise refused(site, subject, stop.node, stop.reason)
-    projection, nodes = ways[0]
+    ((projection, nodes),) = ways
     arrangement = _arrangement_before(projection, nodes)
     if arrangement is None:
         raise refused(site, subject, projection.source, "mixes tokens and channels, or leaves out some of them")
@@ -340,10 +341,18 @@ def _forward(
         projection = read_projection(program, user)
         if projection is not None and projection.source is nodes[-1]:
             yield projection, nodes
+        elif packet(user) in _SUMS and any(not is_attribute(o) for o in _others(user, nodes[-1])):
+            yield Obstacle(user, "adds channels of another value to them, as a residual connection does")
         elif is_move(user) or is_unary(user, program) or (user.op == "call_function" and packet(user) in KEEPING):
             yield from _forward(program, (*nodes, user))
         elif not is_call(user, aten.sym_size.int):
             yield Obstacle(user, _what(user))
+
+
+def _others(node: fx.Node, operand: fx.Node) -> list[fx.Node]:
+    """The tensors that a node combines an operand with."""
+    tensors = [o for o in node.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)]
+    return [o for o in tensors if o is not operand]
 
 
 def _arrangement_before(projection: Projection, nodes: tuple[fx.Node, ...]) -> Arrangement | None:

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
+
+from .memory import idle_memory
 
 # By graph, the values of calls by operator and arguments: layers repeat, and what free sizes give takes long to infer.
 _values: weakref.WeakKeyDictionary[fx.Graph, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
@@ -86,18 +89,27 @@ def _form(value: Any) -> Hashable:
 
 
 def evaluate(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value of a call over the values of its arguments: with fake tensors, nothing is computed."""
+    """The value of a call over the values of its arguments: with fake tensors, nothing is computed.
+
+    Sizes that are free stay free: the kernels of some composite operators (``pad``) would take their numbers, but not
+    their forms in Python.
+    """
     values = map_nodes((args, kwargs), lambda node: node.meta["val"])
     found: list[Any] = []
     map_nodes((args, kwargs), lambda node: found.append(node.meta["val"]))
     mode = detect_fake_mode([value for value in found if isinstance(value, torch.Tensor)])
-    with mode or contextlib.nullcontext(), torch.enable_grad():
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.enable_grad():
         return function(*values[0], **values[1])
 
 
 def map_nodes(value: Any, function: Callable[[fx.Node], Any]) -> Any:
     """The same structure with a function applied to every node in it."""
     return fx.node.map_arg(value, function)
+
+
+def share_values(graph: fx.Graph, copy: fx.Graph) -> None:
+    """Let what is known of the values of calls in one graph be known of those in a copy, and the other way round."""
+    _values[copy] = _values.setdefault(graph, {})
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:
@@ -121,14 +133,26 @@ def is_effect(node: fx.Node) -> bool:
 def remove_dead(graph: fx.Graph) -> int:
     """Erase the nodes that nobody reads and that write nothing, random draws and assertions among them.
 
+    What is written counts where somebody reads it: memory that the graph makes, fills and leaves goes as a whole.
+
     Returns how many were erased.
     """
-    removed = 0
-    for node in reversed(list(graph.nodes)):
-        if not node.users and not is_effect(node):
+    before = len(graph.nodes)
+    idle: list[fx.Node] = []
+    while True:
+        for node in reversed(idle):
             graph.erase_node(node)
-            removed += 1
-    return removed
+        writes = False
+        for node in reversed(list(graph.nodes)):
+            if node.op in ("placeholder", "output"):
+                continue
+            if is_effect(node):
+                writes = True
+            elif not node.users:
+                graph.erase_node(node)
+        idle = idle_memory(graph) if writes else []
+        if not idle:
+            return before - len(graph.nodes)
 
 
 def is_call(node: Any, *targets: Callable[..., Any]) -> bool:

@@ -1,7 +1,8 @@
 """Outlining: cut a flat graph into the layers of its stacks, each a graph of its own, and an outer one that calls them.
 
 A region is the set of nodes of one layer call. It can be cut out where it is convex: nothing outside depends on it and
-feeds it. What several layers share and no hidden state feeds (relative position tables, masks) stays outside.
+feeds it. What several layers share and no hidden state feeds (relative position tables, masks) stays outside. Who reads
+memory that is written into depends on who writes, as on an operand.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx
 
+from .memory import memory_order
 from .program import fixed_size, module_stack
+
+_Order = Mapping[fx.Node, list[fx.Node]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -40,7 +44,8 @@ def find_regions(graph: fx.Graph, layer_paths: Iterable[str]) -> tuple[list[Regi
     """The regions of the layers that can be cut out, and for the others the reason by path."""
     wanted = list(dict.fromkeys(layer_paths))
     regions = _collect(graph, set(wanted))
-    _hoist_shared(graph, regions)
+    order = memory_order(graph)
+    _hoist_shared(graph, regions, order)
     refused: dict[str, str] = {path: "no nodes of its own" for path in wanted if path not in regions}
     kept: list[Region] = []
     for path in wanted:
@@ -52,7 +57,7 @@ def find_regions(graph: fx.Graph, layer_paths: Iterable[str]) -> tuple[list[Regi
         if foreign is not None:
             refused[path] = f"it calls {foreign}, which is not part of it"
             continue
-        between = _between(region)
+        between = _between(region, order)
         if between is not None:
             refused[path] = f"{between.name}, which is outside of it, depends on it and feeds it"
             continue
@@ -62,6 +67,14 @@ def find_regions(graph: fx.Graph, layer_paths: Iterable[str]) -> tuple[list[Regi
     usable = [region for region in kept if region.inputs and region.outputs]
     refused |= {region.path: "no hidden state goes in or comes out" for region in kept if region not in usable}
     return usable, refused
+
+
+def layer_nodes(graph: fx.Graph, layer_paths: Iterable[str]) -> dict[str, list[fx.Node]]:
+    """The nodes of each layer call, in graph order, without what several layers read and no input's values feed."""
+    wanted = list(dict.fromkeys(layer_paths))
+    regions = _collect(graph, set(wanted))
+    _hoist_shared(graph, regions, memory_order(graph))
+    return {path: regions[path].nodes if path in regions else [] for path in wanted}
 
 
 def _collect(graph: fx.Graph, wanted: set[str]) -> dict[str, Region]:
@@ -75,7 +88,7 @@ def _collect(graph: fx.Graph, wanted: set[str]) -> dict[str, Region]:
     return regions
 
 
-def _hoist_shared(graph: fx.Graph, regions: dict[str, Region]) -> None:
+def _hoist_shared(graph: fx.Graph, regions: dict[str, Region], order: _Order) -> None:
     """Take out of the regions what several of them read and no input's values feed."""
     owner = {node: region for region in regions.values() for node in region.nodes}
     fed: set[fx.Node] = set()
@@ -84,7 +97,7 @@ def _hoist_shared(graph: fx.Graph, regions: dict[str, Region]) -> None:
             fed.add(node)
             continue
         is_size = isinstance(node.meta.get("val"), (torch.SymInt, int, torch.device, torch.dtype))
-        if not is_size and any(argument in fed for argument in node.all_input_nodes):
+        if not is_size and any(argument in fed for argument in _needs(node, order)):
             fed.add(node)
     shared = [
         node
@@ -95,7 +108,7 @@ def _hoist_shared(graph: fx.Graph, regions: dict[str, Region]) -> None:
         node = shared.pop()
         if node in owner:
             owner.pop(node).nodes.remove(node)
-            shared.extend(argument for argument in node.all_input_nodes if argument in owner)
+            shared.extend(argument for argument in _needs(node, order) if argument in owner)
 
 
 def _foreign_module(region: Region) -> str | None:
@@ -104,22 +117,35 @@ def _foreign_module(region: Region) -> str | None:
     return next((path for path in called if not path.startswith(f"{region.base}.")), None)
 
 
-def _between(region: Region) -> fx.Node | None:
+def _between(region: Region, order: _Order) -> fx.Node | None:
     """A node outside the region that depends on it and feeds it."""
     inside = set(region.nodes)
     last = region.nodes[-1]
+    after: dict[fx.Node, list[fx.Node]] = {}
+    for node, before in order.items():
+        for earlier in before:
+            after.setdefault(earlier, []).append(node)
+
+    def dependents(node: fx.Node) -> list[fx.Node]:
+        return [*node.users, *after.get(node, ())]
+
     reached: set[fx.Node] = set()
-    frontier = [user for node in region.nodes for user in node.users if user not in inside]
+    frontier = [user for node in region.nodes for user in dependents(node) if user not in inside]
     while frontier:
         node = frontier.pop()
         if node in reached or last < node:
             continue
         reached.add(node)
-        for user in node.users:
+        for user in dependents(node):
             if user in inside:
                 return node
             frontier.append(user)
     return None
+
+
+def _needs(node: fx.Node, order: _Order) -> list[fx.Node]:
+    """What has to be computed before a node."""
+    return [*node.all_input_nodes, *order.get(node, ())]
 
 
 def _set_interface(region: Region) -> None:
@@ -164,13 +190,14 @@ def schedule(graph: fx.Graph, regions: list[Region]) -> list[fx.Node | Region] |
     """
     unit: dict[fx.Node, fx.Node | Region] = {node: region for region in regions for node in region.nodes}
     position = {node: index for index, node in enumerate(graph.nodes)}
+    memory = memory_order(graph)
     units: list[fx.Node | Region] = list(dict.fromkeys(unit.get(node, node) for node in graph.nodes))
     rank = {id(item): position[item.nodes[0] if isinstance(item, Region) else item] for item in units}
     waiting: dict[int, set[int]] = {}
     readers: dict[int, list[fx.Node | Region]] = {}
     for item in units:
         nodes = item.nodes if isinstance(item, Region) else [item]
-        needs = {id(unit.get(a, a)): unit.get(a, a) for node in nodes for a in node.all_input_nodes}
+        needs = {id(unit.get(a, a)): unit.get(a, a) for node in nodes for a in _needs(node, memory)}
         needs.pop(id(item), None)
         waiting[id(item)] = set(needs)
         for needed in needs.values():

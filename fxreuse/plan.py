@@ -2,10 +2,12 @@
 
 ::
 
-    plan  := pass { "|" pass }
+    plan := pass { "|" pass }
+    pass := reuse | share | residual | fiak
     reuse := [ "reuse" ] groups { option }
 
-The forms of groups and the options are in `FORMS` and `OPTIONS`, and every error lists them. See docs/plans.md.
+The forms of groups and the options are in `FORMS` and `OPTIONS`, and every error lists them. Passes that share weights
+are in `plan_weights`, that of priors is in `plan_fiak`. See docs/plans.md.
 `Plan.parse(str(plan)) == plan` holds for every plan.
 """
 
@@ -20,6 +22,8 @@ from typing import Any, NamedTuple
 from .errors import PlanError
 from .groups import Groups
 from .groups_text import FORMS, parse_groups
+from .plan_fiak import NAME as FIAK
+from .plan_fiak import Fiak, read_fiak
 from .plan_options import (
     LOWERINGS,
     OPTIONS,
@@ -30,6 +34,7 @@ from .plan_options import (
     check_stack,
     did_you_mean,
 )
+from .plan_weights import PASSES, Residual, Share, read_weight_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,10 @@ class Reuse:
         return " ".join([str(self.groups), *words])
 
 
+#: A pass of a plan.
+Pass = Reuse | Share | Residual | Fiak
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What to do to a model: one or more passes, in order.
@@ -87,7 +96,7 @@ class Plan:
     True
     """
 
-    passes: tuple[Reuse, ...]
+    passes: tuple[Pass, ...]
 
     def __post_init__(self) -> None:
         if not self.passes:
@@ -101,15 +110,17 @@ class Plan:
         """Read a plan.
 
         Raises:
-            PlanError: the text is not a plan; the message names the term and where it stands.
+            PlanError: it is no text, or the text is not a plan; the message names the term and where it stands.
 
         >>> Plan.parse("2by6 values=2").passes[0].groups
         Uniform(size=2, count=6, sign='by', heads=None)
         """
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is read from a string such as '4x4', found {type(text).__name__}; {_known()}")
         terms = [_Term(match[0], match.start() + 1, text) for match in re.finditer(r"\||[^\s|]+", text)]
         if not terms:
             raise PlanError(f"plan {text!r} is empty; {_known()}")
-        return cls(tuple(_parse_reuse(step) for step in _split(terms)))
+        return cls(tuple(map(_parse_pass, _split(terms))))
 
     @classmethod
     def of(cls, plan: str | Plan) -> Plan:
@@ -151,6 +162,15 @@ def _split(terms: Sequence[_Term]) -> list[list[_Term]]:
     return steps
 
 
+def _parse_pass(terms: Sequence[_Term]) -> Pass:
+    head, *rest = terms
+    if head.text == FIAK:
+        return read_fiak([(term.text, term.error) for term in rest])
+    if head.text in PASSES:
+        return read_weight_pass(head.text, head.error, [(term.text, term.error) for term in rest])
+    return _parse_reuse(terms)
+
+
 def _parse_reuse(terms: Sequence[_Term]) -> Reuse:
     head, *rest = terms
     if head.text == "reuse":
@@ -177,10 +197,10 @@ def _parse_reuse(terms: Sequence[_Term]) -> Reuse:
 def _parse_head(term: _Term) -> Groups:
     if term.text.partition("=")[0] in READERS:
         raise term.error("groups come before options, as in '4x4 stack=NAME'")
-    if term.text == "reuse":
+    if term.text in ("reuse", FIAK, *PASSES):
         raise term.error("the pass is named twice; passes are separated by '|'")
-    if difflib.get_close_matches(term.text.lower(), ["reuse"], cutoff=0.7):
-        raise term.error("unknown pass (did you mean reuse?)")
+    if near := difflib.get_close_matches(term.text.lower(), ["reuse", FIAK, *PASSES], n=1, cutoff=0.7):
+        raise term.error(f"unknown pass (did you mean {near[0]}?)")
     try:
         return parse_groups(term.text)
     except PlanError as error:

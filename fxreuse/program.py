@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .nodes import share_values
 from .record import Note
 
 # ``meta`` key of nodes that name a floating dtype because the model's parameters or inputs have it.
@@ -156,6 +157,7 @@ def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     output = graph.graph_copy(module.graph, {})
     graph.output(output).meta = copy.copy(module.graph.output_node().meta)
+    share_values(module.graph, graph)
     return graph_module(share_tree(module), graph)
 
 
@@ -216,6 +218,14 @@ def module_stack(node: fx.Node) -> list[str]:
             number = key.partition("@")[2]
             paths.append(f"{path}@{number}" if number else path)
     return paths
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the model's own code that a node came from, as ``file:line: code``."""
+    trace: Any = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
+    own = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith("<")] or frames
+    return "" if not own else "{}:{}: {}".format(*own[-1])
 
 
 def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:

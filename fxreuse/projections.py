@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from .contractions import Contraction, contraction, is_convolution
+from .errors import UnsupportedError
 from .follow import SAME_VALUE, arguments, aten, is_same_value, packet
+from .index_tables import constant_tensor
 from .nodes import evaluate, inserting_before, replace
 from .program import Program, fixed_size, get_attribute
 
@@ -249,8 +251,23 @@ def take_place(new: fx.Node, node: fx.Node) -> None:
 
 
 def is_move(node: fx.Node) -> bool:
-    """Whether a node only moves, copies or leaves out elements of its first argument."""
-    return node.op == "call_function" and packet(node) in MOVES
+    """Whether a node only moves, copies or leaves out elements of its first argument; by constant places, too."""
+    return node.op == "call_function" and (packet(node) in MOVES or _is_indexed_by_constants(node))
+
+
+def _is_indexed_by_constants(node: fx.Node) -> bool:
+    """``x[..., [-1], :]``: which elements it takes stands in the program, and in nothing that a checkpoint replaces."""
+    if packet(node) is not aten.index:
+        return False
+    indices = [index for index in node.args[1] if index is not None]  # type: ignore[union-attr]
+    return all(_constant(index) is not None for index in indices)
+
+
+def _constant(node: Any) -> torch.Tensor | None:
+    """The numbers of a constant tensor of the program."""
+    while isinstance(node, fx.Node) and packet(node) in (aten.lift_fresh_copy, aten.detach, aten.clone, aten.alias):
+        node = node.args[0]
+    return constant_tensor(node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
 
 def is_unary(node: fx.Node, program: Program) -> bool:
@@ -272,6 +289,8 @@ def run(node: fx.Node, value: Any) -> Any:
 
     def plain(argument: fx.Node) -> Any:
         found = argument.meta["val"]
+        if packet(node) is aten.index:
+            return _constant(argument)
         return torch.empty(hints(found), device="meta") if isinstance(found, torch.Tensor) else hint(found)
 
     args, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), plain)
@@ -279,8 +298,14 @@ def run(node: fx.Node, value: Any) -> Any:
 
 
 def hint(size: Any) -> int:
-    """A size as it is with the example inputs."""
+    """A size as it is with the example inputs.
+
+    Raises:
+        UnsupportedError: where it is made from the values of a tensor, so that it is known at a call only.
+    """
     number = fixed_size(size)
+    if number is None and size.node.hint is None:
+        raise UnsupportedError(f"The size {size} is made from values, and so not known before the model runs.")
     return int(size.node.hint) if number is None else number
 
 

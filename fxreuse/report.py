@@ -66,7 +66,7 @@ def report(
     >>> import torch, fxreuse
     >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     >>> model = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-    >>> found = fxreuse.report(model, "2x2", torch.randn(1, 5, 16))
+    >>> found = fxreuse.report(model, "2x2 lowering=materialize", torch.randn(1, 5, 16))
     >>> print(found.before.macs)
     128*B*T**2 + 8192*B*T
     >>> print(found.after.macs)
@@ -86,7 +86,7 @@ def report(
     before = summarise(program, shapes, parts=parts, model=original)
     after, record = before, None
     if parsed is not None:
-        small = rewrite(program, sites, parsed, model)
+        small = rewrite(program, sites, parsed, model, example_inputs)
         record = small.record
         followers = [decision.site for decision in record.decisions if decision.action == "follow"]
         after = summarise(small.program, shapes, parts=parts.following(followers), model=small)

@@ -108,6 +108,7 @@ class Rewritten(GraphRunner):
     """
 
     _RUNTIME: ClassVar[tuple[str, ...]] = ("_graph", "_run", "_check", "forward")
+    blueprint: Any  # a Blueprint, where there are priors to prune by
     _check: Callable[..., None]
 
     def __init__(
@@ -118,6 +119,7 @@ class Rewritten(GraphRunner):
         self.convention = convention
         self.guards = guards
         self.record = record
+        self.blueprint = None
         self._set_call()
 
     def _set_call(self) -> None:

@@ -25,6 +25,10 @@ _QUOTIENTS = frozenset({aten.div, aten.divide, aten.true_divide})
 _DIFFERENCES = frozenset({aten.sub, aten.subtract})
 _ZEROS = frozenset({aten.zeros_like, aten.new_zeros, aten.zeros})
 
+_COPIES = frozenset({
+    aten.clone, aten.contiguous, aten.alias, aten.lift_fresh_copy, aten.to, aten._to_copy, aten.type_as,
+}) & SAME_VALUE  # fmt: skip
+
 #: What may be done to a sum of exponentials before it divides them: something is added, and it is kept from zero.
 _OF_DENOMINATORS = SAME_VALUE | REGROUPING | EXPANDING | {
     aten.add, aten.clamp, aten.clamp_min, aten.maximum, aten.where, aten.masked_fill,
@@ -37,7 +41,8 @@ class Softmax:
 
     ``masks`` are conditions or factors that act on the exponentials before they are normalised, each with whether it
     keeps (True) or drops (False) what it marks. ``exponential`` is the node that exponentiates, where the softmax is
-    not one operator.
+    not one operator. ``plain`` says that each row sums to 1: nothing was added to the sum of its exponentials, which is
+    not kept from zero either, and no dropout comes before it.
     """
 
     node: fx.Node
@@ -45,6 +50,7 @@ class Softmax:
     dim: int
     exponential: fx.Node | None = None
     masks: tuple[tuple[fx.Node, bool], ...] = ()
+    plain: bool = True
 
 
 def softmax_of(node: fx.Node) -> Softmax | None:
@@ -87,7 +93,7 @@ def _of_logarithm(node: fx.Node) -> Softmax | None:
     if packet(logarithm) in _LOG_SOFTMAX:
         scores, dim = logarithm.args[0], arguments(logarithm)["dim"]
         assert isinstance(scores, fx.Node)
-        return Softmax(node, scores, dim % len(sizes(node)), node)
+        return Softmax(node, scores, dim % len(sizes(node)), node, plain=_copied(node.args[0]) is logarithm)
     if packet(logarithm) not in _DIFFERENCES:
         return None
     scores, taken_off = logarithm.args[:2]
@@ -100,7 +106,7 @@ def _of_logarithm(node: fx.Node) -> Softmax | None:
     dim %= len(sizes(scores))
     if not is_shift(taken_off, scores, dim - len(sizes(scores))):
         return None
-    return Softmax(node, scores, dim, node)
+    return Softmax(node, scores, dim, node, plain=_copied(node.args[0]) is logarithm and _copied(taken_off) is reduced)
 
 
 def _normalised(node: fx.Node) -> Softmax | None:
@@ -109,10 +115,11 @@ def _normalised(node: fx.Node) -> Softmax | None:
         found = _exponential(numerator)
         dim = None if found is None else _dim_of_sum(denominator, numerator)
         if found is not None and dim is not None:
-            exponential, masks = found
+            exponential, masks, copied = found
             scores = exponential.args[0]
             assert isinstance(scores, fx.Node)
-            return Softmax(node, scores, dim, exponential, tuple(masks))
+            plain = copied and _is_plain_sum(denominator, numerator)
+            return Softmax(node, scores, dim, exponential, tuple(masks), plain)
     return None
 
 
@@ -134,12 +141,12 @@ def _fractions(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return [(one, other) for one, other in found if isinstance(other, fx.Node)]
 
 
-def _exponential(node: fx.Node) -> tuple[fx.Node, list[tuple[fx.Node, bool]]] | None:
-    """The exponentials behind masked ones, with their masks."""
-    node = _without_casts(node)
+def _exponential(node: fx.Node) -> tuple[fx.Node, list[tuple[fx.Node, bool]], bool] | None:
+    """The exponentials behind masked ones, with their masks, and whether nothing but masks and casts is in between."""
+    copied, node = _copied(node), _without_casts(node)
     op = packet(node)
     if op in EXPONENTIAL:
-        return node, []
+        return node, [], copied is node
     ways: list[tuple[object, object, bool]] = []
     if op is aten.masked_fill and _is_zero(node.args[2]):
         ways = [(node.args[0], node.args[1], False)]
@@ -152,7 +159,7 @@ def _exponential(node: fx.Node) -> tuple[fx.Node, list[tuple[fx.Node, bool]]] | 
         if isinstance(inner, fx.Node) and isinstance(mask, fx.Node):
             found = _exponential(inner)
             if found is not None:
-                return found[0], [*found[1], (mask, keeps)]
+                return found[0], [*found[1], (mask, keeps)], found[2] and copied is node
     return None
 
 
@@ -170,6 +177,20 @@ def _dim_of_sum(denominator: fx.Node, numerator: fx.Node) -> int | None:
         if packet(node) in _OF_DENOMINATORS:
             pending.extend(value_operands(node))
     return None
+
+
+def _is_plain_sum(denominator: fx.Node, numerator: fx.Node) -> bool:
+    """Whether a denominator is the sum of the numerator and nothing else."""
+    summed = _copied(denominator)
+    return packet(summed) is aten.sum and _copied(summed.args[0]) is _copied(numerator)
+
+
+def _copied(node: object) -> fx.Node:
+    """Back through views, copies and casts that pass on values and gradients as they are."""
+    assert isinstance(node, fx.Node)
+    while packet(node) in _COPIES | REGROUPING | EXPANDING:
+        node = value_operands(node)[0]
+    return node
 
 
 def _summed_dim(node: fx.Node) -> int | None:

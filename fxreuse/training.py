@@ -5,7 +5,8 @@ layers that are skipped at random; and whatever else a ``forward`` does behind `
 given as numbers, for a rewrite to put back; anything else is named, with what a user can do about it. Modules that a
 capture keeps whole (see `mode_modules`) stay in evaluation mode here: nothing of them is lost.
 
-Runs use fake tensors, which cost no arithmetic, or real ones where the model needs values.
+Runs use fake tensors, which cost no arithmetic, or real ones where the model needs values. They tell the model that it
+is being exported: where it asks, it does here what it does in the graph.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from .exporting import exporting
 from .mode_modules import ATTENTION, marked, reads_training
 from .op_trace import Trace, record
 from .record import Note
@@ -122,7 +124,12 @@ class _Probe:
             return self.fakes.from_tensor(leaf).detach() if fake else leaf.detach().clone()
 
         args, kwargs = pytree.tree_map(own, (self.args, dict(self.kwargs)))
-        with untouched(self.model), torch.set_grad_enabled(fake), self.fakes if fake else contextlib.nullcontext():
+        with (
+            untouched(self.model),
+            exporting(),
+            torch.set_grad_enabled(fake),
+            self.fakes if fake else contextlib.nullcontext(),
+        ):
             if fake:
                 self._put_fake_parameters()
             _seed()

@@ -9,6 +9,12 @@ from torch import fx
 from .flow import FUSED
 from .follow import aten, packet
 
+#: Why FlexAttention is not taken.
+FLEX_ATTENTION = (
+    "FlexAttention is not rewritten: its scores are changed by a function that only its own kernel runs; "
+    "build the model with attn_implementation='sdpa' or 'eager', or call scaled_dot_product_attention"
+)
+
 _NAME = re.compile(r"(^|_)(attention|attn)(_|$)|^_transformer_encoder_layer_fwd$")
 
 
@@ -23,10 +29,7 @@ def is_unknown_attention(node: fx.Node) -> bool:
 def unknown_attention(node: fx.Node) -> str:
     """Why such an operator is not taken."""
     if _name(node) == "flex_attention":
-        return (
-            "FlexAttention is not rewritten: its scores are changed by a function that only its own kernel runs; "
-            "build the model with attn_implementation='sdpa' or 'eager', or call scaled_dot_product_attention"
-        )
+        return FLEX_ATTENTION
     if packet(node) in FUSED:
         return (
             f"{packet(node)} is the kernel of one device, which decomposing the exported program chose; "

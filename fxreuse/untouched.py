@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .leftovers import nothing_left
+
 _CONTAINERS = (dict, list, set)
 
 
@@ -20,6 +22,7 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Put everything back at the end: attributes, modes and buffers of all modules, and the random number generators.
 
     Attributes that are lists, dicts or sets get their elements back; what lies deeper, and parameters, are not copied.
+    Fake tensors are taken out of it, and out of what the model's code keeps elsewhere (see `leftovers`).
 
     >>> model = torch.nn.BatchNorm1d(4)
     >>> with untouched(model):
@@ -33,7 +36,7 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
     containers = [(value, copy.copy(value) if value else ()) for value in values if isinstance(value, _CONTAINERS)]
     tensors = [(value, value.detach().clone()) for value in values if isinstance(value, torch.Tensor)]
     try:
-        with _generators_kept(model):
+        with nothing_left(model), _generators_kept(model):
             yield
     finally:
         for module, before in attributes:

@@ -16,7 +16,7 @@ from torch import fx
 from .axes import sizes
 from .flow import SHAPE_ONLY, value_operands
 from .follow import SAME_VALUE, arguments, aten, is_transparent_module, packet
-from .index_interpreter import written_tensors
+from .memory import written_tensors
 from .program import Program, get_attribute
 
 _COMMUTATIVE = frozenset({

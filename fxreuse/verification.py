@@ -10,6 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .breakdown import Breakdown
 from .measure import Spread, Timing
 
 
@@ -112,6 +113,7 @@ class Verification:
     compiled: CompileCheck | None = None
     speed: SpeedCheck | None = None
     predicted: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    breakdown: Breakdown | None = None
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -167,7 +169,8 @@ class Verification:
         )
         lines = [f"{verdict}  {self.model}, {plan}, {self.device}, {self.dtype}"]
         lines += [f"  because: {reason}" for reason in self.reasons]
-        lines += ["", checks, "", measures, "", f"outputs compared: {tensors}, batch sizes {sizes}"]
+        parts = ["", breakdown_table(self.breakdown)] if self.breakdown is not None else []
+        lines += ["", checks, "", measures, *parts, "", f"outputs compared: {tensors}, batch sizes {sizes}"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _checks(self) -> list[list[str]]:
@@ -208,6 +211,33 @@ def _speed_rows(speed: SpeedCheck) -> dict[str, list[str]]:
         peaks = [speed.peak_bytes[f"{model} eager"] for model in ("original", "rewritten")]
         rows["peak memory, eager"] = [*(f"{peak / 2**20:.2f} MiB" for peak in peaks), _ratio(*peaks)]
     return rows
+
+
+def breakdown_table(found: Breakdown) -> str:
+    """The time of every part, and its share of the whole.
+
+    >>> one = Breakdown({"attention": 0.003, "rest": 0.001}, {"reused attention": 0.001, "rest": 0.001})
+    >>> print(breakdown_table(one))
+    part                original         rewritten
+    ----------------  ----------  ---  -----------  ---
+    attention            3.00 ms  75%
+    reused attention                       1.00 ms  50%
+    rest                 1.00 ms  25%      1.00 ms  50%
+    """
+    wholes = [sum(found.original.values()), sum(found.rewritten.values())]
+    rows = []
+    for part in found.parts:
+        row = [part]
+        for times, whole in zip((found.original, found.rewritten), wholes, strict=True):
+            seconds = times.get(part, 0.0)
+            row += [f"{1e3 * seconds:.2f} ms", f"{seconds / whole:.0%}"] if seconds else ["", ""]
+        rows.append(row)
+    return tabulate(
+        rows,
+        ["part", "original", "", "rewritten", ""],
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right", "right"),
+    )
 
 
 def _verdict(fine: bool) -> str:

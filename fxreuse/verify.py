@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from .breakdown import measure_breakdown
 from .capture import caches_off
 from .checks import Compiled, Pair, check_compiled, check_outputs, check_speed, compile_both, copies, mapped
 from .errors import InputError
@@ -32,6 +33,7 @@ def verify(
     latency: bool = True,
     tolerance: float | None = None,
     seconds: float = 3.0,
+    breakdown: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Verification:
     """Check a rewritten model against the original, and measure both.
@@ -52,6 +54,8 @@ def verify(
         tolerance: the largest error in float64, relative to the largest magnitude of a tensor. Where left out it is
             1e-10, or 2e-2 where the plan stores maps in a type of its own (``dtype=``).
         seconds: roughly how long to time.
+        breakdown: whether to measure the time of every part, too: attention, reused attention, feed-forward,
+            convolution and the rest.
         progress: called with a line of text as each step begins.
 
     Returns:
@@ -86,7 +90,7 @@ def verify(
         say("comparing outputs in float64 and float32")
         outputs, shapes = check_outputs(pair, record, tolerance)
         works = outputs.tensors > 0
-        compiled = speed = None
+        compiled = speed = parts = None
         functions: dict[str, Compiled] = {}
         if backend and works:
             say("compiling both models")
@@ -94,6 +98,9 @@ def verify(
         if latency and works:
             say("timing both models")
             speed = check_speed(pair, record, functions, shapes, seconds)
+        if breakdown and works:
+            say("timing the parts of both models")
+            parts = measure_breakdown(before, after, inputs, pair.call)
         if backend and works:
             say("changing the batch size of the compiled model")
             compiled = check_compiled(pair, functions, counting, fault, outputs.batch_sizes)
@@ -106,6 +113,7 @@ def verify(
         outputs=outputs,
         compiled=compiled,
         speed=speed,
+        breakdown=parts,
     )
 
 

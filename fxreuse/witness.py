@@ -13,7 +13,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx
@@ -23,11 +22,13 @@ from torch.utils import _pytree as pytree
 
 from .conversions import idle_conversions
 from .example_sizes import widen_batch
+from .exporting import exporting
 from .inputs import Inputs
 from .mode_modules import marked
 from .nodes import map_nodes
 from .program import FOLLOWS, Program
 from .record import Note
+from .untouched import untouched
 
 _TO = torch.ops.aten.to.dtype
 # Sizes are numbers in a trace at fixed sizes.
@@ -207,7 +208,8 @@ def _twin_calls(calls: _Calls, model: torch.nn.Module, inputs: Inputs, dtype: to
     ways: Sequence[Callable[..., torch.nn.Module]] = (_traced, _exported)
     for way in ways:
         try:
-            found = _Calls.of(way(model, inputs, dtype))
+            with untouched(model):
+                found = _Calls.of(way(model, inputs, dtype))
         except Exception:
             continue
         if [_kind(node) for node in found.nodes] == kinds:
@@ -224,8 +226,7 @@ def _traced(model: torch.nn.Module, inputs: Inputs, dtype: torch.dtype) -> torch
         def call(*_: torch.Tensor) -> tuple[Any, ...]:
             return tuple(pytree.tree_leaves(twin(*given.args, **given.kwargs)))
 
-        exporting = mock.patch.multiple(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=True)
-        with marked(twin), exporting, idle_conversions():
+        with marked(twin), exporting(), idle_conversions():
             return make_fx(call, pre_dispatch=True)(*leaves)
 
 

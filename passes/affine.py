@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ from fxreuse.addends import constant
 from fxreuse.attention import AttentionSite
 from fxreuse.axes import Layout, Part, sizes, start
 from fxreuse.errors import UnsupportedError
-from fxreuse.find import source_line
 from fxreuse.flow import Flow
 from fxreuse.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
+from fxreuse.program import source_line
 from fxreuse.scores import Scores, find_scores
 from fxreuse.softmaxes import softmax_of
 
@@ -97,20 +98,22 @@ def affine_scores(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Affine:
     """The affine form of an unfused site's scores.
 
     Followed from the product to the softmax: views, casts, factors, sums, and selections (``where``, ``masked_fill``)
-    that leave nothing of a score.
+    that leave nothing of a score. A softmax that is written out as exponentials over their sum is one, too.
 
     Raises:
         UnsupportedError: where the scores are anything else (a tanh soft-cap, say); operator and line are named.
     """
     found = softmax_of(softmax)
-    if found is None or found.exponential is not None:
-        what = "is suppressed or renormalised after the softmax" if found is None else "is written out as exponentials"
+    if found is None or not found.plain:
+        what = "is suppressed or renormalised after it" if found is None else "has rows that do not sum to 1"
         raise refusal(site, softmax, f"needs a map that is the value of a softmax, but this one {what}")
     scores = find_scores(found.scores, found.dim, flow)
     assert not isinstance(scores, str), scores  # it was found before
     reader = _Reader(site, scores, flow)
     for operand, node in itertools.pairwise(scores.spine):
         reader.step(node, operand)
+    for mask, keeps in found.masks:
+        reader.mask_exponentials(softmax, mask, keeps)
     return reader.result()
 
 
@@ -276,6 +279,14 @@ class _Reader:
             what = "another tensor" if number is None else str(number)
             raise self._refusal(node, f"it replaces scores by {what}, which does not rule them out")
         self._selections.append(Selection(self._term(condition), hides, number))
+
+    def mask_exponentials(self, softmax: fx.Node, mask: fx.Node, keeps: bool) -> None:
+        """A condition that leaves nothing of an exponential, as minus infinity in its score does."""
+        while packet(mask) in COPIES:
+            mask = mask.args[0]  # type: ignore[assignment]
+        if mask.meta["val"].dtype is not torch.bool or sizes(softmax) != sizes(self._scores.spine[-1]):
+            raise self._refusal(softmax, f"its exponentials are multiplied with {mask.name}, which is no condition")
+        self._selections.append(Selection(self._term(mask), not keeps, -math.inf))
 
     def _as_number(self, value: Any) -> float | None:
         """The number that a value is: none for a buffer, whose content is the model's state."""

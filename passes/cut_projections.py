@@ -44,10 +44,15 @@ def cut_projections(program: Program, followers: Sequence[AttentionSite]) -> dic
         if layers.isdisjoint(module_stack(node)):
             continue
         projection = read_projection(program, node)
-        if projection is not None and projection.read_here_only():
+        if projection is not None and projection.read_here_only() and _has_known_sizes(projection.result):
             removed |= _cut(program, projection)
     remove_dead(program.graph)
     return removed
+
+
+def _has_known_sizes(node: fx.Node) -> bool:
+    """Whether no size of a value is made from the values of a tensor, which nobody knows before a call."""
+    return all(isinstance(size, int) or size.node.has_hint() for size in node.meta["val"].shape)
 
 
 def _cut(program: Program, projection: Projection) -> dict[str, int]:

@@ -72,12 +72,14 @@ def _reads_bias(node: fx.Node, position: int | None, path: str, original: torch.
 
 
 def _take_over(program: Program, path: str, original: torch.nn.Module) -> None:
-    """Put a copy of the original module at its path, with the parameters that the program has there."""
+    """Put a copy of the original module at its path, with the parameters and buffers that the program has there."""
     here = program.module.get_submodule(path)
     if type(here) is not torch.nn.Module:
         return
     twin = own_copy(original)
     twin._parameters.update(here._parameters)
+    twin._buffers.update(here._buffers)
+    twin._non_persistent_buffers_set |= here._non_persistent_buffers_set
     if isinstance(twin, torch.nn.Linear):
         twin.out_features, twin.in_features = twin.weight.shape
     place(program.module, path, twin)

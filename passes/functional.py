@@ -47,8 +47,9 @@ def reshape_views(program: Program) -> None:
 def functionalise(program: Program) -> None:
     """``x.add_(y)`` and its like become ``x.add(y)`` with every later reader of ``x`` reading the result. Exact tier.
 
-    Sound where nobody else can see ``x`` change: it is a fresh value (no input, parameter or buffer), not a view of
-    another one, and no view of it is read afterwards. Anything else keeps its in-place operator.
+    Sound where nobody else can see ``x`` change: it is a fresh value (no input, parameter or buffer) or the only thing
+    that is read of one, as ``linear(y).view(shape)`` is, and no view of it is read afterwards. Anything else keeps its
+    in-place operator.
     """
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     for node in list(program.graph.nodes):
@@ -107,4 +108,12 @@ def may_alias(node: fx.Node, source: fx.Node | None = None) -> bool:
 
 
 def _is_shared(node: fx.Node) -> bool:
-    return node.op != "call_function" or may_alias(node)
+    """Whether somebody else may see a value change: not where it is fresh, or the only view of a fresh one."""
+    while node.op == "call_function" and may_alias(node):
+        source = node.args[0] if isinstance(node.target, torch._ops.OpOverload) and node.args else None
+        if not isinstance(source, fx.Node) or not may_alias(node, source):
+            return True
+        if any(user is not node and not is_call(user, torch.ops.aten.sym_size.int) for user in source.users):
+            return True
+        node = source
+    return node.op != "call_function"

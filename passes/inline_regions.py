@@ -75,7 +75,7 @@ def _inline(program: Program, node: fx.Node, region: fx.Node, inputs: list[fx.No
     results = [values[item] if isinstance(item, fx.Node) else item for item in returned]
     for user in list(node.users):
         result = results[int(user.args[1])]  # type: ignore[arg-type]
-        if detach and isinstance(result, fx.Node) and result.meta["val"].is_floating_point():
+        if detach and isinstance(result, fx.Node) and _may_have_gradient(result.meta["val"]):
             with inserting_before(user) as insert:
                 result = insert(torch.ops.aten.detach.default, result)
         user.replace_all_uses_with(result)
@@ -83,6 +83,11 @@ def _inline(program: Program, node: fx.Node, region: fx.Node, inputs: list[fx.No
     program.graph.erase_node(node)
     if not region.users:
         program.graph.erase_node(region)
+
+
+def _may_have_gradient(value: object) -> bool:
+    """Whether a value is one that gradients flow through: a floating tensor, not a size nor indices."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _keep_outside_autocast(program: Program, region: fx.Node) -> list[Note]:

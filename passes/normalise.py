@@ -12,6 +12,7 @@ from .inline_regions import inline_regions
 from .portable import free_devices, free_dtypes
 from .restore_modes import restore_attention_dropout, restore_functional_dropout, restore_modules
 from .simplify_masks import simplify_masks
+from .split_einsums import split_einsums
 from .steps import Pass, run_all
 
 STEPS: tuple[Pass | Callable[[Program], Program], ...] = (
@@ -21,6 +22,7 @@ STEPS: tuple[Pass | Callable[[Program], Program], ...] = (
     restore_attention_dropout,
     reshape_views,
     functionalise,
+    split_einsums,
     free_devices,
     free_dtypes,
     clean,

@@ -15,7 +15,7 @@ from fxreuse.attention import AttentionSite
 from fxreuse.axes import Layout, Part, sizes, start
 from fxreuse.contractions import Contraction
 from fxreuse.flow import Flow
-from fxreuse.follow import arguments, packet
+from fxreuse.follow import packet
 from fxreuse.index_call import same_size, sizes_of
 from fxreuse.mask_proof import MaskProver
 from fxreuse.nodes import inserting_before
@@ -25,7 +25,6 @@ from .arrange import Arranger, Insert, Term, without_ones
 from .fused import Fused
 
 _aten = torch.ops.aten
-_SOFTMAX = (_aten.softmax, _aten._softmax, _aten._safe_softmax, _aten.special_softmax)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,16 +237,13 @@ def unfused_attention(site: AttentionSite, softmax: fx.Node, flow: Flow) -> Atte
     Raises:
         UnsupportedError: where its scores are not affine in QKᵀ.
     """
-    if packet(softmax) not in _SOFTMAX:
-        raise refusal(site, softmax, "needs the map to be a softmax as it is, but it is what was made of one")
     affine = affine_scores(site, softmax, flow)
     product, query, key = affine.scores.product, affine.scores.query, affine.scores.key
-    dim = arguments(softmax)["dim"] % len(affine.layout)
     return Attention(
         _operand(product, query),
         _operand(product, key),
         affine.layout,
-        _axes(affine.layout, dim, product, query),
+        _axes(affine.layout, site.nodes.axis % len(affine.layout), product, query),
         affine.number,
         affine.factors,
         affine.addends,

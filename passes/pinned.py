@@ -18,28 +18,35 @@ _TYPED = frozenset({
 
 
 def is_pinned(node: fx.Node) -> bool:
-    """Whether a floating-point value comes out of a cast to a fixed type.
+    """Whether a floating-point value has a type that is written down in the graph.
 
-    ``(x @ w).float()`` stays float32 in a model that was moved to another type; what is computed from it does, too.
+    ``(x @ w).float()`` and ``softmax(x, -1, float32)`` stay float32 in a model that was moved to another type, and
+    so does what is computed from them.
     """
     pending, seen = [node], {node}
     while pending:
         current = pending.pop()
-        if current.op != "call_function" or packet(current) in _TYPED:
-            continue
-        if _is_cast(current):
+        if names_type(current):
             return True
-        operands = [o for o in value_operands(current) if o not in seen and _is_floating(o)]
+        operands = [o for o in typing_operands(current) if o not in seen]
         seen.update(operands)
         pending.extend(operands)
     return False
 
 
-def _is_cast(node: fx.Node) -> bool:
-    if packet(node) not in (_aten.to, _aten._to_copy):
+def names_type(node: fx.Node) -> bool:
+    """Whether an operator names a floating-point type for its result."""
+    if not isinstance(node.target, torch._ops.OpOverload) or packet(node) in _TYPED:
         return False
     to = arguments(node).get("dtype")
     return isinstance(to, torch.dtype) and to.is_floating_point
+
+
+def typing_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands that decide the type of a floating-point result which the operator does not name."""
+    if node.op != "call_function" or packet(node) in _TYPED:
+        return []
+    return [operand for operand in value_operands(node) if _is_floating(operand)]
 
 
 def _is_floating(node: fx.Node) -> bool:

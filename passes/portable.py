@@ -3,6 +3,7 @@ what they always mean."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 from fxreuse.nodes import inserting_before, is_call, replace
 from fxreuse.program import FOLLOWS, Program, get_attribute
 
+from .pinned import names_type, typing_operands
 from .steps import Pass
 
 _ASSERTIONS = (
@@ -77,15 +79,16 @@ def free_dtypes(program: Program) -> None:
     ``x.to(float32)`` in the graph may have been ``x.float()``, which stays, or ``x.to(input.dtype)``, which follows the
     model. Which of the two it was stands in ``meta``, as seen by capturing the model in another dtype. A cast that
     follows becomes ``x.type_as(y)``: ``y`` is what the nearest fixed cast upstream was applied to (a norm that computes
-    in float32 and casts back), or else a floating parameter.
+    in float32 and casts back) unless that, too, comes out of one, or else a floating parameter.
     """
+    pinned: set[fx.Node] = set()
     for node in list(program.graph.nodes):
-        if not node.meta.get(FOLLOWS):
+        anchor = _dtype_anchor(program, node, pinned) if node.meta.get(FOLLOWS) else None
+        if anchor is None:
+            if names_type(node) or not pinned.isdisjoint(typing_operands(node)):
+                pinned.add(node)
             continue
         with inserting_before(node) as insert:
-            anchor = _dtype_anchor(program, node)
-            if anchor is None:
-                continue
             if is_call(node, torch.ops.aten.to.dtype):
                 replace(node, insert(torch.ops.aten.type_as.default, node.args[0], anchor))
             elif isinstance(node.kwargs.get("dtype"), torch.dtype):
@@ -99,8 +102,8 @@ def _dtype_node(graph: fx.Graph, before: fx.Node, anchor: fx.Node) -> fx.Node:
     return node
 
 
-def _dtype_anchor(program: Program, node: fx.Node) -> fx.Node | None:
-    """A node that is before ``node`` and has the dtype that it follows."""
+def _dtype_anchor(program: Program, node: fx.Node, pinned: Set[fx.Node]) -> fx.Node | None:
+    """A node that is before ``node`` and has the dtype that it follows, but is not ``pinned`` to it."""
     wanted = _named_dtype(node)
     seen: set[fx.Node] = set()
     frontier = list(node.all_input_nodes)
@@ -111,7 +114,7 @@ def _dtype_anchor(program: Program, node: fx.Node) -> fx.Node | None:
         seen.add(current)
         if _is_fixed_cast(current):
             source = current.args[0]
-            if isinstance(source, fx.Node) and source.meta["val"].dtype == wanted:
+            if isinstance(source, fx.Node) and source.meta["val"].dtype == wanted and source not in pinned:
                 return source
         frontier.extend(argument for argument in current.all_input_nodes if len(seen) < 200)
     return _floating_parameter(program, node, wanted)

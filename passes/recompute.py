@@ -51,15 +51,16 @@ class Recomputer:
         """Give every follower the leader's queries, keys, mask, bias and scale; values and dropout stay its own.
 
         Sound wherever the scores are affine in QKᵀ, scores = α·QKᵀ + β, which is what the fused operator computes with
-        scale α and mask β. The leader, if unfused, becomes fused, too, as long as nobody reads its map as such.
+        scale α and mask β. The leader, if unfused, becomes fused, too, as long as nobody reads its map as such. A map
+        that is read by more than products with values, as one that the model returns, is the leader's for all of them.
 
         A query that sees no key at all, because all its scores were minus infinity, gives zeros, as the fused operator
         does, where a softmax gives NaN. Where they were finite, all of them the lowest number, the map is uniform, as
         the model's is.
 
         Raises:
-            UnsupportedError: where the scores are not affine in QKᵀ, or a map is used for more than a product with
-                values; the operator is named.
+            UnsupportedError: where the scores are not affine in QKᵀ, or something is done to a map that the operator
+                does not do; what does it is named.
         """
         node = self.program.node(leader.nodes.map)
         if leader.fused and all(follower.fused for follower in followers):
@@ -74,7 +75,7 @@ class Recomputer:
         except UnclearAxes as unclear:
             raise refusal(leader, node, f"cannot tell the axes of its scores apart: {unclear}") from unclear
         for follower in followers:
-            self._check_unread(follower)
+            self._hand_over(leader, follower)
 
     def _share_fused(self, node: fx.Node, followers: Sequence[fx.Node]) -> None:
         """Fused followers of a fused leader, whose operands they take as they are."""
@@ -183,16 +184,33 @@ class Recomputer:
         with inserting_before(node) as insert:
             return insert(path)
 
-    def _check_unread(self, site: AttentionSite) -> None:
-        """Raise where a follower's own map is still needed, as by a model that returns it."""
-        if site.fused:
+    def _hand_over(self, leader: AttentionSite, follower: AttentionSite) -> None:
+        """Whatever else reads a follower's map, as a model that returns it, reads the leader's.
+
+        Raises:
+            UnsupportedError: where the leader's is inside a fused operator.
+        """
+        if follower.fused:
             return
-        map_node = self.program.node(site.nodes.map)
-        readers = [map_node]
-        for node in readers:
-            if node.op == "output" or is_effect(node):
-                raise refusal(site, map_node, "does not compute the map, but the model also returns it or writes it")
-            readers += [user for user in node.users if user not in readers]
+        node = self.program.node(follower.nodes.map)
+        if not leader.fused:
+            node.replace_all_uses_with(self.program.node(leader.nodes.map))
+        elif _is_needed(node):
+            reason = "does not compute the map of a fused leader, but the model also returns this one or writes it"
+            raise refusal(follower, node, reason)
+
+
+def _is_needed(node: fx.Node) -> bool:
+    """Whether an output or an effect depends on a node."""
+    readers = dict.fromkeys([node])
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.op == "output" or is_effect(current):
+            return True
+        pending += [user for user in current.users if user not in readers]
+        readers.update(dict.fromkeys(current.users))
+    return False
 
 
 def _read(program: Program, site: AttentionSite, node: fx.Node, attention: Attention, name: str) -> Consumer:

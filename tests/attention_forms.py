@@ -316,3 +316,27 @@ def with_stable_scores(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: T
     """As in CogView and LayoutLMv3."""
     scores = product(q, k).masked_fill(padding[:, None, None], LOWEST) / 4
     return attend((scores - scores.amax(-1, keepdim=True)) * 4, v)
+
+
+@form
+def exponentials_over_their_sum(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    scores = product(q, k) + layer.table[:, : q.shape[1]][:, None]
+    powers = (scores - scores.amax(-1, keepdim=True)).exp().masked_fill(padding[:, None, None], 0.0)
+    powers = powers * (torch.arange(q.shape[1]) != 1)
+    return joined((powers / powers.sum(-1, keepdim=True)) @ heads(v))
+
+
+@form
+def exponentials_less_a_logarithm(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    scores = product(q, k).masked_fill(padding[:, None, None], -torch.inf)
+    return joined((scores - scores.logsumexp(-1, keepdim=True)).exp() @ heads(v))
+
+
+@form
+def einsum_with_weights_of_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    """Scores are weighted by head in the einsum that makes them, and the context is mixed over heads in its own."""
+    query, key = (part.unflatten(-1, (HEADS, WIDTH)) for part in (q, k))
+    scores = torch.einsum("bqhc,h,bkhc->bkhq", query, layer.temperature[:, 0, 0], key).permute(0, 2, 3, 1)
+    weights = scores.masked_fill(padding[:, None, None], -torch.inf).softmax(-1)
+    mixing = layer.past[:HEADS, :HEADS]
+    return torch.einsum("bhqk,bhkc,hg->bqgc", weights, heads(v), mixing).flatten(2)

@@ -1,9 +1,11 @@
-"""What every test runs under: one thread, one seed, and the number of examples that the occasion calls for."""
+"""What every test runs under: one thread, one seed, as many examples as the occasion calls for, and which process."""
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,3 +33,22 @@ else:
 def _seeded() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process runs whole files, and one process all files that share captured architectures."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    @functools.cache
+    def shares_captures(file: str) -> bool:
+        return "from .captures import" in (config.rootpath / file).read_text(encoding="utf-8")
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "captures" if shares_captures(file) else file
+
+    return Scheduling(config, log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.export import Dim, ExportedProgram
 
 from fxreuse.attention import AttentionSites
 from fxreuse.find import find
@@ -23,5 +24,16 @@ class Attention(torch.nn.Module):
 
 
 def find_in(module: torch.nn.Module, *shapes: tuple[int, ...]) -> tuple[Program, AttentionSites]:
-    program = load_program(module.eval(), tuple(torch.randn(shape) for shape in shapes or ((3, 5, 8),)))
+    inputs = tuple(torch.randn(shape) for shape in shapes or ((3, 5, 8),))
+    program = exported(module, *inputs) if len(inputs) == 1 else load_program(module.eval(), inputs)
     return program, find(program)
+
+
+def exported(model: torch.nn.Module, *inputs: torch.Tensor) -> Program:
+    """The program of a module of which only the evaluation is looked at: one export is enough, a third of a capture."""
+    return load_program(export(model, *inputs))
+
+
+def export(model: torch.nn.Module, *inputs: torch.Tensor) -> ExportedProgram:
+    free = tuple(dict.fromkeys(range(min(x.ndim, 2)), Dim.AUTO) for x in inputs)
+    return torch.export.export(model.eval(), inputs, dynamic_shapes=free, strict=False)

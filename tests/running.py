@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+import fxreuse
 from fxreuse.map_workspace import attention_map
+from fxreuse.program import Program
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Gradients = dict[str, torch.Tensor | None]
+
+# The module: its name in the package is that of the function.
+apply_module = importlib.import_module("fxreuse.apply")
 
 _MAPS = {
     torch.ops.aten.softmax.int,
@@ -34,6 +41,13 @@ def call_original(model: torch.nn.Module, inputs: Inputs) -> Any:
     if getattr(getattr(model, "config", None), "use_cache", False) and isinstance(inputs, dict):
         return model(**inputs, use_cache=False)
     return call(model, inputs)
+
+
+def apply_captured(model: torch.nn.Module, program: Program, plan: str, **options: Any) -> Any:
+    """What `fxreuse.apply` makes of a model that was captured before: no pass changes the program that it is given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply_module, "load_program", lambda *_: program)
+        return fxreuse.apply(model, plan, **options)
 
 
 def cast(inputs: Inputs, to: torch.dtype | str) -> Inputs:

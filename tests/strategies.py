@@ -232,7 +232,7 @@ def specs(draw: st.DrawFn, **fixed: object) -> Spec:
     mask = draw(st.sampled_from(masks[:1] if cross else masks))
     paddings = ["none"] if mask in ("window", "alternating") else ["none", "bool", "additive"]
     found = Spec(
-        layers=draw(st.sampled_from([3, 2, 3, 4, 5])),
+        layers=draw(st.sampled_from([3, 2, 2, 3, 4])),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 4, 6])),

@@ -17,6 +17,7 @@ from fxreuse.find import find
 from fxreuse.frontend import load_program
 from fxreuse.passes.reuse import reuse
 from fxreuse.program import Program, fixed_size
+from fxreuse.reference import MapSharing
 
 from .attention_forms import FORMS, WIDTH, Form, Layer, Model, heads, joined, product
 
@@ -157,7 +158,19 @@ def zeroed_by_another_mask(layer: Layer, q: Tensor, k: Tensor, v: Tensor, paddin
     return joined(weights.masked_fill(padding[:, None, :, None], 0.0) @ heads(v))
 
 
+def kept_from_zero(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    powers = product(q, k).exp()
+    return joined((powers / (powers.sum(-1, keepdim=True) + 1.0)) @ heads(v))
+
+
+def weighted_exponentials(layer: Layer, q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    powers = product(q, k).exp() * (1.0 + torch.arange(q.shape[1]))
+    return joined((powers / powers.sum(-1, keepdim=True)) @ heads(v))
+
+
 REFUSED: dict[str, tuple[Form, str, str]] = {
+    "kept from zero": (kept_from_zero, "", "rows that do not sum to 1"),
+    "weighted exponentials": (weighted_exponentials, "", "which is no condition"),
     "talking heads": (talking_heads, "einsum", "all that is done to the map"),
     "suppressed": (suppressed, "", "map"),
     "capped": (capped, "tanh", "no factor, sum or mask"),
@@ -194,11 +207,14 @@ class WithMaps(Model):
         return x, maps
 
 
-def test_maps_that_are_returned_are_not_recomputed() -> None:
+def test_maps_that_are_returned_are_those_of_the_leader() -> None:
     model = WithMaps(FORMS["two_consumers"]).double().eval()
-    program = captured(model)
-    sites = find(program)
-    with pytest.raises(fxreuse.UnsupportedError, match="also returns it"):
-        reuse(program, sites, [0, 0], "recompute")
-    stored = reuse(program, sites, [0, 0], "materialize").program.module(*inputs(2, 9))
-    torch.testing.assert_close(stored[1], stored[2], rtol=0, atol=0)
+    programs = lowered(model)
+    assert (count(programs["materialize"]), count(programs["recompute"])) == (0, 2)
+    given = inputs(2, 9)
+    with MapSharing(model, {("", 1): ("", 0)}):
+        expected, (first, second) = model(*given)
+    assert torch.equal(first, second)
+    for program in programs.values():
+        for found, wanted in zip(program.module(*given), (expected, first, first), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)

@@ -76,6 +76,38 @@ class Twins(torch.nn.Module):
         return self.left(x) + self.right(x.flip(1))
 
 
+class Flex(torch.nn.Module):
+    """FlexAttention with a penalty on distance; under gradients torch refuses it on a CPU, without it is exported."""
+
+    def __init__(self, gradients: bool) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24).requires_grad_(gradients)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return x + flex_attention(q, k, v, score_mod=penalty).transpose(1, 2).flatten(2)
+
+
+def penalty(score: torch.Tensor, b: Any, h: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return score - (q - k).abs()
+
+
+class Mapped(torch.nn.Module):
+    """An attention whose batch is a `torch.vmap`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return (q @ k.mT).softmax(-1) @ v
+
+        return x + torch.vmap(attend)(*self.qkv(x).chunk(3, -1))
+
+
 X = {"x": torch.zeros(2, 5, 8)}
 
 
@@ -88,6 +120,7 @@ class Refusal:
     says: tuple[str, ...]
 
 
+FLEX = ("return x + flex_attention(", "FlexAttention is not rewritten", "scaled_dot_product_attention")
 REFUSALS = {
     "plan for more layers": Refusal(transformer, "3x3", X, fxreuse.PlanError, ("9 layers", "4 layers", "2x2", "4x1")),
     "plan for fewer layers": Refusal(transformer, "FSS", X, fxreuse.PlanError, ("3 layers", "4 layers", "2x2")),
@@ -113,6 +146,15 @@ REFUSALS = {
         X,
         fxreuse.CaptureError,
         ("test_bad_input.py:", "if x.sum() > 0", "depends on the values of a tensor", "target='body'", "torch.where"),
+    ),
+    "FlexAttention": Refusal(
+        lambda: Flex(gradients=False), "2x*", X, fxreuse.UnsupportedError, ("test_bad_input.py:", *FLEX)
+    ),
+    "FlexAttention with gradients": Refusal(
+        lambda: Flex(gradients=True), "2x*", X, fxreuse.UnsupportedError, ("test_bad_input.py:", *FLEX)
+    ),
+    "torch.vmap": Refusal(
+        Mapped, "2x*", X, fxreuse.UnsupportedError, ("test_bad_input.py:", "return x + torch.vmap", "broadcasting")
     ),
     "missing argument": Refusal(lambda: transformer(cross=True), "2x*", {}, fxreuse.InputError, ("x",)),
     "unknown argument": Refusal(transformer, "2x*", {**X, "frames": X["x"]}, fxreuse.InputError, ("frames",)),

@@ -19,7 +19,7 @@ from fxreuse.errors import CaptureError, InputError
 from fxreuse.example_sizes import widen_batch
 from fxreuse.frontend import load_program
 from fxreuse.inputs import Inputs
-from fxreuse.program import Leaf, Program
+from fxreuse.program import FOLLOWS, Leaf, Program
 
 from .running import changes, named_tensors, snapshot
 
@@ -120,7 +120,7 @@ def test_the_next_way_is_taken(module: nn.Module, free: list[list[int]], noted: 
         assert all(f"dimension {dim} = {size}" in str(note) for dim, size in enumerate(X))
 
 
-def test_where_nothing_works_the_line_at_fault_is_named() -> None:
+def test_where_nothing_works_the_line_at_fault_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CaptureError) as caught:
         capture(ByValue(), torch.randn(X))
     text = str(caught.value)
@@ -128,6 +128,7 @@ def test_where_nothing_works_the_line_at_fault_is_named() -> None:
     for part in (f"{__file__}:{line} in forward", "ByValue", "target=", "free sizes, strict", "fixed sizes"):
         assert part in text
     assert caught.value.__cause__ is not None
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,22 @@ def test_conversions_that_change_nothing_leave_no_trace() -> None:
     assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
     assert "to" not in vars(model.linear)
     assert model.double().linear.weight.dtype is torch.float64
+
+
+class Remembering(nn.Module):
+    """Keeps the length that it saw last, as Funnel does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.length = x.shape[1]
+        return x * torch.arange(self.length).to(x.dtype)[:, None]
+
+
+def test_a_length_that_a_model_remembers_does_not_hide_what_follows_its_dtype() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Remembering())
+    program = capture(model, torch.randn(X))
+    (cast,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)
+    assert cast.meta[FOLLOWS]
+    assert program.notes == ()
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-import fxreuse
 from fxreuse.cost_model import Summary, count, formula, macs_of, summarise
 from fxreuse.cost_model.einsum import einsum_macs
 from fxreuse.cost_model.solve import solve
@@ -26,7 +26,8 @@ from fxreuse.errors import InputError, UnsupportedError
 from fxreuse.frontend import load_program
 from fxreuse.program import Program
 
-from .architectures import ARCHITECTURES, Case
+from .architectures import Case
+from .captures import captured
 from .tracer import Tracer, meta
 
 ATEN = torch.ops.aten
@@ -411,7 +412,8 @@ def unfused() -> Iterator[None]:
 
 
 def eager(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with the attention that its authors wrote out, where it has one."""
+    """A copy of the model with the attention that its authors wrote out, where it has one."""
+    model = copy.deepcopy(model)
     if isinstance(model, transformers.PreTrainedModel):
         model.set_attn_implementation("eager")
     return model
@@ -431,8 +433,8 @@ MODELS = [
 
 @functools.cache
 def loaded(name: str) -> tuple[Case, Summary]:
-    case = ARCHITECTURES[name]()
-    return case, summarise(load_program(case.model, case.inputs), sizes_of(case.inputs))
+    found = captured(name)
+    return found.case, summarise(found.program, sizes_of(found.case.inputs))
 
 
 class TestModels:
@@ -544,8 +546,8 @@ class TestRewritten:
 
     @pytest.mark.parametrize(("lowering", "products"), [("materialize", 2), ("recompute", 0)])
     def test_a_rewritten_model_counts_what_is_left_of_it(self, lowering, products):
-        case, before = loaded("bert_padded")
-        small = fxreuse.apply(case.model, f"2x2 lowering={lowering}", case.inputs)
+        _, before = loaded("bert_padded")
+        small = captured("bert_padded").apply(f"2x2 lowering={lowering}")
         after = summarise(Program(small, small.convention, small.guards, small.name))
         b, t, d = before.symbols["B"], before.symbols["T"], 32
         assert before.params - after.params == 2 * 2 * (d * d + d)

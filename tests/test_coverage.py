@@ -20,8 +20,6 @@ FAST = (
     "MultiheadAttention, causal and padding",
     "Router alone",
     "BERT",
-    "Swin",
-    "GPT-NeoX",
 )
 
 

@@ -11,6 +11,9 @@ from torch import nn
 import fxreuse
 from fxreuse.reference import MapSharing
 
+from .handwritten import exported
+from .running import apply_captured
+
 BATCH, TOKENS, HEADS, DIM = 2, 5, 2, 4
 WIDTH = HEADS * DIM
 Split = Callable[[torch.Tensor], "tuple[torch.Tensor, ...] | list[torch.Tensor]"]
@@ -122,9 +125,9 @@ def shared(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_rows_of_values_stay(name: str) -> None:
     build, rows, weight = LAYERS[name]
     bias = weight.replace("weight", "bias")
-    model = Encoder(build).double().eval()
+    model = Encoder(build).double()
     nn.init.normal_(model.get_parameter(f"layers.2.{bias}"))
-    small = fxreuse.apply(model, "3x1", torch.randn(BATCH, TOKENS, WIDTH).double())
+    small = apply_captured(model, exported(model, torch.randn(BATCH, TOKENS, WIDTH).double()), "3x1")
     before, after = model.state_dict(), small.state_dict()
     axis = 1 if name.startswith("addmm") else 0
     for layer in (1, 2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import pytest
@@ -16,62 +16,53 @@ from fxreuse.emit import emit
 from fxreuse.find import find
 from fxreuse.frontend import load_program
 from fxreuse.passes.fold_modules import fold_modules
-from fxreuse.program import module_path
+from fxreuse.program import Program, module_path
 from fxreuse.record import Record
+from fxreuse.reference import MapSharing
 
 from .architectures import randomise
+from .captures import captured
 from .handwritten import Attention
-from .running import assert_same, call, count_maps, gradients
+from .running import apply_captured, assert_same, call, count_maps, gradients
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = {"vocab_size": 99, "max_position_embeddings": 32}
 
 
-def ids() -> torch.Tensor:
-    return torch.randint(3, 99, (2, 7))
-
-
 def padded() -> dict[str, torch.Tensor]:
-    return {"input_ids": ids(), "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3])}
-
-
-def bert() -> nn.Module:
-    return randomise(hf.BertModel(hf.BertConfig(**TEXT, **TINY)))
-
-
-def t5() -> nn.Module:
-    config = hf.T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_heads=2)
-    return randomise(hf.T5EncoderModel(config))
-
-
-def llama() -> nn.Module:
-    config = hf.LlamaConfig(num_key_value_heads=1, use_cache=False, **TEXT, **TINY)
-    return randomise(hf.LlamaModel(config))
+    return {"input_ids": torch.randint(3, 99, (2, 7)), "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3])}
 
 
 def albert() -> nn.Module:
     return randomise(hf.AlbertModel(hf.AlbertConfig(embedding_size=8, **TEXT, **TINY)))
 
 
-def built(build: Callable[[], nn.Module], plan: str, inputs: Any) -> tuple[nn.Module, nn.Module, Any]:
+def architecture(name: str, plan: str) -> tuple[nn.Module, nn.Module, Any]:
+    found = captured(name)
+    return found.model, found.apply(plan), found.case.inputs
+
+
+@functools.cache
+def albert_program() -> tuple[nn.Module, Program]:
     torch.manual_seed(0)
-    model = build()
-    return model, fxreuse.apply(model, plan, inputs), inputs
+    model = albert()
+    return model, load_program(model, padded())
 
 
 @pytest.fixture(scope="module")
 def stored() -> tuple[nn.Module, nn.Module, Any]:
-    return built(bert, "2x* lowering=materialize", padded())
+    return architecture("bert_padded", "2x* lowering=materialize")
 
 
 @pytest.fixture(scope="module")
 def again() -> tuple[nn.Module, nn.Module, Any]:
-    return built(bert, "2x* lowering=recompute", padded())
+    return architecture("bert_padded", "2x* lowering=recompute")
 
 
 @pytest.fixture(scope="module")
 def repeated() -> tuple[nn.Module, nn.Module, Any]:
-    return built(albert, "2x*", padded())
+    model, program = albert_program()
+    return model, apply_captured(model, program, "2x*"), padded()
 
 
 def takes(layer: nn.Module) -> list[fx.Node]:
@@ -142,7 +133,7 @@ def test_repr_shows_what_a_layer_takes_and_gives(stored: tuple) -> None:
 
 def test_a_stored_map_goes_from_leader_to_follower(stored: tuple) -> None:
     _, small, inputs = stored
-    hidden, attention = (2, 7, 16), (2, 2, 7, 7)
+    hidden, attention = (2, 11, 32), (2, 4, 11, 11)
     for index, (received, returned) in enumerate(shapes_between(small, "encoder.layer.{}", inputs)):
         assert received[0] == returned[0] == hidden
         if index % 2:
@@ -155,7 +146,7 @@ def test_a_stored_map_goes_from_leader_to_follower(stored: tuple) -> None:
 
 def test_queries_and_keys_go_from_leader_to_follower(again: tuple) -> None:
     _, small, inputs = again
-    hidden, heads = (2, 7, 16), (2, 2, 7, 8)
+    hidden, heads = (2, 11, 32), (2, 4, 11, 8)
     for index, (received, returned) in enumerate(shapes_between(small, "encoder.layer.{}", inputs)):
         assert received[0] == returned[0] == hidden
         if index % 2:
@@ -215,7 +206,7 @@ def test_folded_modules_are_of_their_own_class(stored: tuple) -> None:
 
 
 def test_t5_computes_its_bias_once_and_outside() -> None:
-    _, small, _ = built(t5, "1x*", padded())
+    _, small, _ = architecture("t5_encoder_padded", "1x*")
     table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     assert table in calls(small)
     assert "aten.log.default" in operators(small)
@@ -227,9 +218,9 @@ def test_t5_computes_its_bias_once_and_outside() -> None:
 
 
 def test_rotary_tables_and_masks_are_outside() -> None:
-    _, small, _ = built(llama, "1x*", padded())
+    _, small, _ = architecture("llama_padded", "1x*")
     assert operators(small).count("aten.cos.default") == 1
-    for layer in small.layers:
+    for layer in small.model.layers:
         assert not {"aten.cos.default", "aten.sin.default", "aten.arange.default"} & set(operators(layer))
 
 
@@ -262,7 +253,8 @@ def test_a_repeated_module_keeps_its_parameters_once(repeated: tuple) -> None:
 
 
 def test_gradients_of_a_repeated_module_add_up() -> None:
-    model, small, inputs = built(albert, "1x*", padded())
+    (model, program), inputs = albert_program(), padded()
+    small = apply_captured(model, program, "1x*")
     model, small = copy.deepcopy(model).double(), copy.deepcopy(small).double()
     expected, found = gradients(model, call(model, inputs)), gradients(small, call(small, inputs))
     assert found.keys() == expected.keys()
@@ -299,7 +291,8 @@ def outline_notes(small: nn.Module) -> dict[str, str]:
 
 @pytest.mark.parametrize("gate", [nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(5)], ids=lambda g: type(g).__name__)
 def test_a_layer_that_calls_a_module_of_the_host(gate: nn.Module) -> None:
-    model, small, x = built(lambda: randomise(Gated(gate)), "1x*", torch.randn(3, 5, 8))
+    model, x = randomise(Gated(gate)), torch.randn(3, 5, 8)
+    small = fxreuse.apply(model, "1x*", x)
     assert set(small.state_dict()) == set(model.state_dict())
     assert_same(small(x), model(x), 1e-6)
     assert "layers.0" in calls(small)
@@ -328,6 +321,37 @@ def test_a_layer_with_something_between_its_parts_stays_flat() -> None:
     assert_same(small(x), model(x))
 
 
+class Tabled(Attention):
+    """Attention with a bias from a table of its own, whose index is written in place (as BEiT does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        index = torch.zeros(5, 5, dtype=torch.long, device=x.device)
+        index[1:, 1:] = 1
+        index[0, 2:] += 2
+        index[3:, 0].fill_(3)
+        q, k, v = (self.split(project(x)).transpose(1, 2) for project in (self.q, self.k, self.v))
+        bias = self.table[index.view(-1)].view(5, 5, 2).permute(2, 0, 1)
+        return x + ((q @ k.mT + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("lowering", ["materialize", "recompute"])
+def test_a_shared_table_is_written_before_it_is_read(lowering: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Tabled(), Tabled(), Tabled()).double().eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    small = fxreuse.apply(model, f"3x1 lowering={lowering}", x)
+    assert outline_notes(small) == {}
+    assert not [name for name in operators(small.get_submodule("1")) if "_." in name or "zeros" in name]
+    with MapSharing(model, {("1", 0): ("0", 0), ("2", 0): ("0", 0)}):
+        expected = model(x)
+    torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-12)
+
+
 def test_nothing_is_noted_where_every_layer_is_outlined(stored: tuple) -> None:
     assert outline_notes(stored[1]) == {}
 
@@ -341,10 +365,11 @@ def test_parameters_of_outlined_layers_are_not_read_outside(stored: tuple) -> No
 
 def test_every_module_keeps_its_mode() -> None:
     torch.manual_seed(0)
-    model = bert().train()
+    found = captured("bert_padded")
+    model = copy.deepcopy(found.model).train()
     model.encoder.layer[1].eval()
     model.encoder.layer[2].output.dropout.eval()
-    small = fxreuse.apply(model, "2x*", padded())
+    small = apply_captured(model, found.program, "2x*")
     modes = {path: module.training for path, module in model.named_modules()}
     assert set(modes.values()) == {True, False}
     found = {path: module.training for path, module in small.named_modules()}

@@ -16,6 +16,7 @@ from fxreuse.frontend import load_program
 from fxreuse.program import Program, module_stack
 
 from .architectures import ARCHITECTURES
+from .captures import captured
 
 _TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 _TEXT = {"vocab_size": 99, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -58,11 +59,10 @@ MODELS: dict[str, Callable[[], tuple[torch.nn.Module, Any]]] = {
 @functools.cache
 def sites_of(name: str) -> tuple[Program, AttentionSites]:
     if name in ARCHITECTURES:
-        case = ARCHITECTURES[name]()
-        model, inputs = case.model, case.inputs
+        program = captured(name).program
     else:
         model, inputs = MODELS[name]()
-    program = load_program(model.eval(), inputs)
+        program = load_program(model.eval(), inputs)
     return program, find(program)
 
 

@@ -5,8 +5,6 @@ A model is captured once for all its rows: no pass changes the program that it i
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import sympy
 import torch
@@ -20,10 +18,11 @@ from fxreuse.cost_model.parts import Parts
 from fxreuse.cost_model.presets import SERVER_CPU
 from fxreuse.cost_report import CostReport
 from fxreuse.find import find
+from fxreuse.frontend import load_program
 from fxreuse.program import Program
 
-# The module: its name in the package is that of the function.
-apply_module = importlib.import_module("fxreuse.apply")
+from .handwritten import exported
+from .running import apply_captured
 
 # Table 2 of Recycle-and-Distill, and its MaskHuBERT and ARMHuBERT: width, feed-forward width, plan, parameters, and the
 # feed-forward width that comes out, and the multiply-accumulates over the 32 utterances.
@@ -59,14 +58,6 @@ CONFORMER_PLANS = [
 Captured = tuple[torch.nn.Module, Program]
 
 
-def applied(captured: Captured, plan: str) -> torch.nn.Module:
-    """What `fxreuse.apply` makes of a captured model."""
-    model, program = captured
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apply_module, "load_program", lambda *_: program)
-        return fxreuse.apply(model, plan)
-
-
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -79,14 +70,14 @@ def students() -> dict[tuple[int, int], Captured]:
         inputs = torch.zeros(2, 3000), torch.zeros(2, frames(3000), dtype=torch.bool)
         for sizes in ((432, 816), (480, 640)):
             model = HubertStudent(*sizes).eval()
-            made[sizes] = model, apply_module.load_program(model, inputs)
+            made[sizes] = model, load_program(model, inputs)
     return made
 
 
 @pytest.mark.parametrize(("dim", "width", "plan", "parameters", "wider", "macs"), ARMHUBERT)
 def test_armhubert(students, dim, width, plan, parameters, wider, macs):
     model, program = students[dim, width]
-    small = applied((model, program), plan)
+    small = apply_captured(model, program, plan)
     record = fxreuse.describe(small)
     assert count(small) == parameters
     assert count(model) - record.parameters_removed + record.parameters_added == parameters
@@ -104,14 +95,14 @@ def test_armhubert(students, dim, width, plan, parameters, wider, macs):
 @pytest.fixture(scope="module")
 def conformer() -> Captured:
     model = Conformer().eval()
-    return model, apply_module.load_program(model, torch.randn(2, 16, 256))
+    return model, exported(model, torch.randn(2, 16, 256))
 
 
 def test_conformer_layers(conformer):
     """The multiply-accumulates of a layer with relative positions, and of a follower with wider values."""
     model, program = conformer
     parts = Parts.of(program, find(program))
-    before, after = (summarise(p, parts=parts) for p in (program, applied((model, program), "4x4 values=2").program))
+    before, after = (summarise(p, parts=parts) for p in (program, apply_captured(model, program, "4x4 values=2").program))
     t, d = before.symbols["T"], 256
     full = 4 * d * t**2 + (25 * d**2 + 30 * d) * t - d**2
     follower = 2 * d * t**2 + (23 * d**2 + 31 * d) * t
@@ -134,7 +125,7 @@ def test_conformer(conformer, groups, count_of_groups):
 
     Relative positions save more than wider values cost, so there is no note that nothing is gained.
     """
-    small = applied(conformer, f"{groups} values=2")
+    small = apply_captured(*conformer, f"{groups} values=2")
     record = fxreuse.describe(small)
     assert count(small) == CONFORMER[count_of_groups]
     assert count(conformer[0]) - record.parameters_removed + record.parameters_added == CONFORMER[count_of_groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -19,17 +20,26 @@ from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
 import fxreuse
+from fxreuse.frontend import load_program
+from fxreuse.program import Program
 
 from .architectures import randomise
 from .handwritten import Attention
-from .running import assert_same, assert_same_gradients, call, gradients, seeded_step
+from .running import apply_captured, assert_same, assert_same_gradients, call, gradients, seeded_step
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def encoder() -> nn.Module:
+def encoder(layers: int = 3) -> nn.Module:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    return randomise(nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
+    return randomise(nn.TransformerEncoder(layer, layers, enable_nested_tensor=False))
+
+
+@functools.cache
+def captured() -> tuple[nn.Module, Program]:
+    torch.manual_seed(0)
+    model = encoder()
+    return model, load_program(model, x())
 
 
 PLANS = {
@@ -41,8 +51,9 @@ PLANS = {
 
 @pytest.fixture(scope="module", params=list(PLANS.values()), ids=list(PLANS))
 def made(request: pytest.FixtureRequest) -> nn.Module:
+    model, program = captured()
     torch.manual_seed(0)
-    return fxreuse.apply(encoder(), request.param, torch.randn(2, 5, 16))
+    return apply_captured(model, program, request.param)
 
 
 @pytest.fixture
@@ -233,7 +244,7 @@ def test_checkpoints_layer_by_layer(small: nn.Module, reentrant: bool) -> None:
     for layer in small.layers:
         layer.forward = _checkpointed(layer, layer.forward, reentrant, runs)
     found, found_gradients = seeded_step(small, lambda: call(small, (given,)))
-    assert len(runs) == 8  # every layer ran twice
+    assert len(runs) == 6  # every layer ran twice
     assert_same(found, expected)
     assert_same_gradients(found_gradients, expected_gradients, 1e-12)
 
@@ -248,9 +259,9 @@ def _checkpointed(layer: nn.Module, forward: Any, reentrant: bool, runs: list[nn
 
 def test_compiles_to_two_graphs(small: nn.Module) -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(small, backend=counter, fullgraph=True)
-    for sizes in ((2, 5), (3, 7), (4, 4), (2, 9), (6, 2)):
+    for sizes in ((2, 5), (3, 7), (4, 4), (2, 9)):
         given = x(*sizes)
         torch.testing.assert_close(compiled(given), small(given))
     torch._dynamo.reset()
@@ -277,18 +288,20 @@ def test_can_be_rewritten_again(made: nn.Module) -> None:
 
 
 def test_leaders_can_be_grouped_once_more() -> None:
-    model, given = encoder(), x()
-    twice = fxreuse.apply(fxreuse.apply(model, "2x* lowering=materialize", given), "2x1 lowering=materialize", given)
-    once = fxreuse.apply(model, "4x1 lowering=materialize", given)
+    (model, program), given = captured(), x()
+    pairs = apply_captured(model, program, "2x* lowering=materialize")
+    twice = fxreuse.apply(pairs, "2x1 lowering=materialize", given)
+    once = apply_captured(model, program, "3x1 lowering=materialize")
     torch.testing.assert_close(twice(given), once(given))
     assert {n: p.shape for n, p in twice.named_parameters()} == {n: p.shape for n, p in once.named_parameters()}
     assert not torch.allclose(once(given), model(given))
 
 
 def test_copy_gives_parameters_of_its_own() -> None:
-    model, given = encoder(), x()
-    own = fxreuse.apply(model, "1x*", given, copy=True)
-    shared = fxreuse.apply(model, "1x*", given)
+    model, given = encoder(1), x()
+    program = load_program(model, given)
+    own = apply_captured(model, program, "1x*", copy=True)
+    shared = apply_captured(model, program, "1x*")
     assert not pointers(own) & pointers(model)
     assert pointers(shared) == pointers(model)
     with torch.no_grad():

@@ -129,6 +129,7 @@ def test_nothing_to_check() -> None:
         ("min(64, L['x'].size()[1]) == L['x'].size()[1]", "x: dimension 1 must be at most 64"),
         ("L['x'].size()[2] != 1", "x: dimension 2 must not be 1"),
         ("L['x'].size()[1] % 8 == 0", "x.shape[1] % 8 == 0"),
+        ("math.ceil(torch.sym_float(2*L['x'].size()[1]) / 3.0) <= 9", "ceil(float(2*x.shape[1]) / 3.0) <= 9"),
     ],
 )
 def test_sentences(source: str, text: str) -> None:
@@ -154,6 +155,30 @@ def test_strict_export_names_its_inputs_by_number() -> None:
 def test_a_condition_that_cannot_be_checked_is_no_capture(source: str) -> None:
     with pytest.raises(CaptureError, match="cannot be checked at a call"):
         from_export([source], [(X[0], torch.empty(2, 4, 6))])
+
+
+class Ranges(nn.Module):
+    """Tables of positions that count by floats, as in Transformer-XL."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        distances = torch.arange(length - 1, -length, -1.0, device=x.device)
+        ends = torch.arange(2 * length - 1.0, device=x.device)
+        return x + distances[:length, None] + ends[length - 1 :, None]
+
+
+def test_ends_of_ranges_may_be_floats() -> None:
+    model = Ranges()
+    program = load_program(model, torch.randn(2, 5, 6))
+    check = checker(program.guards, program.call.leaves, "Ranges")
+    assert any("sym_float" in guard.source for guard in program.guards)
+    compiled = torch.compile(
+        lambda x: (check(x), program.module(x)[0])[1], backend="eager", fullgraph=True, dynamic=True
+    )
+    for length in (5, 8, 11):
+        x = torch.randn(3, length, 6)
+        assert all(holds(guard, {("x", dim): size for dim, size in enumerate(x.shape)}) for guard in program.guards)
+        assert torch.equal(compiled(x), model(x))
 
 
 def test_the_kind_of_numbers_has_to_stay() -> None:

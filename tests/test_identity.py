@@ -15,6 +15,7 @@ import fxreuse
 from fxreuse.reference import site_calls
 
 from .architectures import ARCHITECTURES, SAME_MODEL, Case, randomise
+from .captures import Captured, captured, mixed_modes
 from .running import (
     assert_same,
     assert_same_gradients,
@@ -34,12 +35,18 @@ NAMES = sorted(ARCHITECTURES.keys() - SAME_MODEL.keys())
 
 @dataclasses.dataclass
 class Identity:
-    case: Case
+    """An architecture, captured and rewritten in mixed modes, and all that there was to see around both."""
+
+    captured: Captured
     rewritten: torch.nn.Module
     before: dict[str, Any]
     after: dict[str, Any]
     modes: dict[str, bool]
     warned: list[str]
+
+    @property
+    def case(self) -> Case:
+        return self.captured.case
 
     @property
     def model(self) -> torch.nn.Module:
@@ -61,21 +68,18 @@ class Identity:
 
 @pytest.fixture(scope="module", params=NAMES)
 def identity(request: pytest.FixtureRequest) -> Identity:
-    """The model is in training mode when the plan is applied, but for one layer, so that modes can be told apart."""
-    case = ARCHITECTURES[request.param]()
-    call_original(case.model, case.inputs)  # what a model sets up at its first call is not for apply to answer for
-    case.model.train()
-    case.model.get_submodule(case.layer.format(1)).eval()
-    stack = "" if case.stack is None else f" stack={case.stack}"
+    found = captured(request.param)
+    case = found.case
+    mixed_modes(case)
     before = snapshot(case.model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        rewritten = fxreuse.apply(case.model, "1x*" + stack, case.inputs)
+        rewritten = found.apply("1x*" + ("" if case.stack is None else f" stack={case.stack}"))
     after = snapshot(case.model)
     modes = {name: part.training for name, part in rewritten.named_modules()}
     case.model.eval()
     rewritten.eval()
-    return Identity(case, rewritten, before, after, modes, [str(warning.message) for warning in caught])
+    return Identity(found, rewritten, before, after, modes, [str(warning.message) for warning in caught])
 
 
 @pytest.mark.parametrize("which", ["inputs", "other_inputs"])
@@ -116,6 +120,7 @@ def test_shares_the_parameters(identity: Identity) -> None:
     ["mode", "attributes", "hooks", "identity", "gradients", "trainable", "values", "use_cache", "random", "globals"],
 )
 def test_leaves_the_model_untouched(identity: Identity, what: str) -> None:
+    assert changes(identity.captured.before[what], identity.captured.after[what]) == []
     assert changes(identity.before[what], identity.after[what]) == []
 
 

@@ -7,19 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 
 import fxreuse
 
-from .architectures import randomise
+from .captures import captured
 from .running import assert_same, assert_same_gradients, call, named_tensors, seeded_step
 
-SPEECH = {
-    **{"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32},
-    **{"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2},
-    **{"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "apply_spec_augment": False},
-}
 SEEDS = range(12)
 
 
@@ -29,18 +23,17 @@ def inputs() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(hf.HubertModel(hf.HubertConfig(layerdrop=0.5, **SPEECH)))
+    return captured("hubert_layerdrop").model
 
 
 @pytest.fixture(scope="module")
-def identity(model: nn.Module) -> nn.Module:
-    return fxreuse.apply(model, "1x*", inputs())
+def identity() -> nn.Module:
+    return captured("hubert_layerdrop").apply("1x*")
 
 
 @pytest.fixture(scope="module")
-def shared(model: nn.Module) -> nn.Module:
-    return fxreuse.apply(model, "2x* lowering=materialize", inputs())
+def shared() -> nn.Module:
+    return captured("hubert_layerdrop").apply("2x* lowering=materialize")
 
 
 def runs(small: nn.Module, training: bool) -> Counter[int]:
@@ -86,9 +79,9 @@ def test_leaders_are_never_dropped_and_followers_are(shared: nn.Module) -> None:
     assert all(0 < counted[index] < len(SEEDS) for index in (1, 3)), counted
 
 
-def test_layers_that_nobody_follows_are_dropped(model: nn.Module) -> None:
+def test_layers_that_nobody_follows_are_dropped() -> None:
     """Queries and keys are shared here, which is no different from a map."""
-    small = fxreuse.apply(model, "1+2+1 lowering=recompute", inputs())
+    small = captured("hubert_layerdrop").apply("1+2+1 lowering=recompute")
     counted = runs(small, training=True)
     assert counted[1] == len(SEEDS)
     assert all(0 < counted[index] < len(SEEDS) for index in (0, 2, 3)), counted

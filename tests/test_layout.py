@@ -191,8 +191,8 @@ def test_rows_are_those_that_perturbing_shows(drawn: list[Drawn]) -> None:
 def test_layouts_of_public_models() -> None:
     hf = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1}
-    inner = {"intermediate_size": 32}
-    bloom = hf.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=4)
+    inner = {"intermediate_size": 32, "use_cache": False}
+    bloom = hf.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=4, use_cache=False)
     dense, interleaved = torch.arange(16).reshape(4, 4), torch.arange(48).reshape(4, 3, 4)[:, 2]
     models: dict[nn.Module, tuple[str, torch.Tensor]] = {
         hf.BertModel(hf.BertConfig(**sizes, **inner)): ("encoder.layer.0.attention.self.value", dense),
@@ -204,7 +204,7 @@ def test_layouts_of_public_models() -> None:
         ),
     }
     for model, (path, rows) in models.items():
-        program = load_program(model.eval(), {"input_ids": torch.randint(3, 50, (2, 7))})
+        program = load_program(torch.export.export(model.eval(), (torch.randint(3, 50, (2, 7)),), strict=False))
         (site,) = find(program)
         found = value_layout(program, site)
         assert (found.weight, found.axis, found.rows.tolist()) == (f"{path}.weight", 0, rows.tolist())
@@ -345,7 +345,24 @@ class NormedContext(Refused):
 
 class ReadTwice(Refused):
     def after(self, y: torch.Tensor) -> torch.Tensor:
-        return self.q(y) + y
+        return self.q(y) * y
+
+
+class Residual(Refused):
+    """What the last projection reads are not the channels of the attention alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (self.split(p(x)).transpose(1, 2) for p in (self.q, self.k, self.values))
+        return self.out(x + ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class ReadElsewhere(Refused):
+    """The channels go into a projection and, as they are, to what the model returns."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        q, k, v = (self.split(p(x)).transpose(1, 2) for p in (self.q, self.k, self.values))
+        context = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.out(context), context.relu()
 
 
 @pytest.mark.parametrize(
@@ -357,6 +374,8 @@ class ReadTwice(Refused):
         (TwoProjections, value_layout, "combines several projections"),
         (NormedContext, output_layout, "normalises channels"),
         (ReadTwice, output_layout, "is read by 2 projections"),
+        (Residual, output_layout, "add.* as a residual connection does"),
+        (ReadElsewhere, output_layout, "relu.* is neither a move nor elementwise"),
     ],
 )
 def test_the_reason_is_named(module: type[nn.Module], infer: Callable[..., WeightLayout], reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxreuse
+from fxreuse.frontend import load_program
 from fxreuse.modules import DropoutProbability
+from fxreuse.program import Program
 
 from .architectures import randomise
-from .running import call, count_maps, gradients
+from .running import apply_captured, call, count_maps, gradients
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
 
@@ -46,9 +49,11 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, attend: Attend, kv_heads: int = HEADS, value_width: int = WIDTH, dropout: float = 0.0) -> None:
+    def __init__(
+        self, attend: Attend, kv_heads: int = HEADS, value_width: int = WIDTH, dropout: float = 0.0, layers: int = 4
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(attend, kv_heads, value_width, dropout) for _ in range(4))
+        self.layers = nn.ModuleList(Layer(attend, kv_heads, value_width, dropout) for _ in range(layers))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         for layer in self.layers:
@@ -154,12 +159,13 @@ def reference(model: Model, x: torch.Tensor, mask: Any = None, leaders: tuple[in
 @pytest.mark.parametrize("name", CASES)
 def test_both_lowerings_are_the_shared_map(name: str) -> None:
     attend, mask, sizes = CASES[name]
-    model = randomise(Model(attend, **sizes)).double()
+    model = randomise(Model(attend, **sizes, layers=3)).double()
+    program = load_program(model, inputs(mask))
     small = {
-        lowering: fxreuse.apply(model, f"2x* lowering={lowering}", inputs(mask))
+        lowering: apply_captured(model, program, f"2x* lowering={lowering}")
         for lowering in ("materialize", "recompute")
     }
-    assert (count_maps(small["materialize"]), count_maps(small["recompute"])) == (2, 4)
+    assert (count_maps(small["materialize"]), count_maps(small["recompute"])) == (2, 3)
     for given in (inputs(mask), inputs(mask, 2, 8)):
         expected = reference(model, *given)
         expected_gradients = gradients(model, reference(model, *given))
@@ -182,23 +188,28 @@ def test_both_lowerings_are_the_shared_map(name: str) -> None:
 @pytest.mark.parametrize("lowering", ["materialize", "recompute"])
 def test_a_row_that_sees_nothing_gives_zeros(lowering: str) -> None:
     """What is left of the layer is then its residual and the bias of its output projection."""
-    model = randomise(Model(fused())).double()
+    model = randomise(Model(fused(), layers=2)).double()
     given = inputs(empty_rows)
-    found = call(fxreuse.apply(model, f"4x1 lowering={lowering}", given), given)
+    found = call(fxreuse.apply(model, f"2x1 lowering={lowering}", given), given)
     biases = sum(layer.o.bias for layer in model.layers)
     torch.testing.assert_close(found[-1], given[0][-1] + biases, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[0, 1], given[0][0, 1] + biases, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(found[1], given[0][1] + biases)
 
 
+@functools.cache
+def with_dropout(kind: str) -> tuple[Model, Program]:
+    attend = {"fused": fused(), "unfused": unfused(divided), "functional": functional}[kind]
+    model = randomise(Model(attend, dropout=0.5)).double()
+    return model, load_program(model, inputs(None))
+
+
 @pytest.mark.parametrize("kind", ["fused", "unfused", "functional"])
 @pytest.mark.parametrize("lowering", ["materialize", "recompute"])
 def test_every_layer_has_a_dropout_of_its_own(kind: str, lowering: str) -> None:
     """Found out by silencing one layer's after the other: each leaves less of the noise."""
-    attend = {"fused": fused(), "unfused": unfused(divided), "functional": functional}[kind]
-    model = randomise(Model(attend, dropout=0.5)).double()
     given = inputs(None)
-    small = fxreuse.apply(model, f"4x1 lowering={lowering}", given)
+    small = apply_captured(*with_dropout(kind), f"4x1 lowering={lowering}")
     dropouts = [part.p for part in _called(small) if isinstance(part, (nn.Dropout, DropoutProbability))]
     assert dropouts == [0.5] * 4
     calm = call(small, given)
@@ -222,9 +233,8 @@ def _called(model: nn.Module) -> list[nn.Module]:
 
 
 def test_dropout_hits_different_places_in_leader_and_follower() -> None:
-    model = randomise(Model(fused(), dropout=0.5)).double()
     given = inputs(None)
-    small = fxreuse.apply(model, "4x1 lowering=materialize", given).train()
+    small = apply_captured(*with_dropout("fused"), "4x1 lowering=materialize").train()
     seen: list[torch.Tensor] = []
     for part in small.modules():
         if isinstance(part, nn.Dropout):
@@ -239,11 +249,12 @@ def test_dropout_hits_different_places_in_leader_and_follower() -> None:
 
 
 def test_a_soft_cap_can_be_stored_but_not_recomputed() -> None:
-    model, given = randomise(Model(unfused(capped))).double(), inputs(None)
-    stored = fxreuse.apply(model, "2x* lowering=materialize", given)
+    model, given = randomise(Model(unfused(capped), layers=3)).double(), inputs(None)
+    program = load_program(model, given)
+    stored = apply_captured(model, program, "2x* lowering=materialize")
     torch.testing.assert_close(call(stored, given), reference(model, *given), rtol=1e-12, atol=1e-12)
     with pytest.raises(fxreuse.UnsupportedError) as caught:
-        fxreuse.apply(model, "2x* lowering=recompute", given)
+        apply_captured(model, program, "2x* lowering=recompute")
     said = str(caught.value)
     assert [text for text in ("layers.0", "tanh", "lowering=materialize") if text not in said] == []
 
@@ -251,6 +262,6 @@ def test_a_soft_cap_can_be_stored_but_not_recomputed() -> None:
 @pytest.mark.parametrize(("kind", "why"), [("fused", "CPU"), ("unfused", "CPU")])
 def test_the_choice_is_explained(kind: str, why: str) -> None:
     attend = fused() if kind == "fused" else unfused(divided)
-    record = fxreuse.describe(fxreuse.apply(randomise(Model(attend)), "2x*", torch.randn(3, 5, 16)))
+    record = fxreuse.describe(fxreuse.apply(randomise(Model(attend, layers=2)), "2x*", torch.randn(3, 5, 16)))
     assert {decision.lowering for decision in record.decisions} == {"materialize"}
     assert why in str(record)

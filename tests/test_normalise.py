@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxreuse.frontend import load_program
+from fxreuse.nodes import inserting_before
 from fxreuse.program import Program
 
 from .running import assert_same_gradients, gradients, named_tensors
@@ -102,6 +103,29 @@ def test_regions_inside_regions() -> None:
     assert_same_function(model, program)
 
 
+def test_a_region_may_give_a_size() -> None:
+    def forward(self: Body, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            length, scale = x.shape[1] * 2, self.scale * 2
+        return (self.linear(x) * scale).repeat(1, 2, 1) + x.new_ones(length, 1)
+
+    model, program = load(forward)
+    assert not any("wrap_with" in target for target in targets(program))
+    assert_same_function(model, program)
+
+
+@pytest.mark.parametrize("operator", [torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default])
+def test_a_new_node_leaves_sizes_free(operator: Any) -> None:
+    _, program = load(lambda self, x: self.linear(x))
+    (node,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    with inserting_before(node) as insert:
+        padded = insert(operator, node.args[0], [0, 0, 0, 1])
+    assert isinstance(padded.meta["val"].shape[1], torch.SymInt)
+    assert (
+        not node.meta["val"].fake_mode.shape_env.replacements.keys() & node.meta["val"].shape[0].node.expr.free_symbols
+    )
+
+
 def test_rotary_table_stays_outside_autocast() -> None:
     def forward(self: Body, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -152,7 +176,13 @@ def read_for_its_sizes(self: Body, x: torch.Tensor) -> torch.Tensor:
     return h.masked_fill_(mask, 2.0) * 3
 
 
-@pytest.mark.parametrize("forward", [chain, read_before_and_after, read_for_its_sizes])
+def on_the_only_view(self: Body, x: torch.Tensor) -> torch.Tensor:
+    turned = self.linear(x).reshape(x.shape[0], -1, 2, 3).transpose(1, 2)
+    turned /= 3.0
+    return turned
+
+
+@pytest.mark.parametrize("forward", [chain, read_before_and_after, read_for_its_sizes, on_the_only_view])
 def test_in_place_on_a_fresh_value_becomes_functional(forward: Forward) -> None:
     model, program = load(forward)
     assert not any(target.partition(".")[0].endswith("_") for target in targets(program))
@@ -324,6 +354,19 @@ def float_softmax(self: Body, x: torch.Tensor) -> Any:
     return F.softmax(self.linear(x), -1, dtype=torch.float32).to(x.dtype), self.linear(x).float()
 
 
+def float_scores(self: Body, x: torch.Tensor) -> torch.Tensor:
+    q = self.linear(x)
+    scores = (q.float() @ q.float().mT).masked_fill(x[..., :1] > 0, -1e9)
+    return F.softmax(scores, -1, dtype=torch.float32).to(x.dtype) @ q
+
+
+def float_means(self: Body, x: torch.Tensor) -> torch.Tensor:
+    values = self.linear(x).reshape(-1)
+    index = torch.arange(values.shape[0], device=x.device) % 3
+    means = torch.zeros(3, dtype=torch.float32, device=x.device)
+    return x * means.scatter_reduce(0, index, values.float(), "amin", include_self=False).sum().to(x.dtype)
+
+
 def beside_its_cast(self: Body, x: torch.Tensor) -> Any:
     h = self.linear(x)
     return h + h.float(), h.float() * h, h - 1
@@ -361,6 +404,8 @@ def made_in_float(self: Body, x: torch.Tensor) -> Any:
     [
         rms_norm,
         float_softmax,
+        float_scores,
+        float_means,
         beside_its_cast,
         after_casts_there_and_back,
         sliced_beside_its_cast,

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import itertools
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fxreuse
 from fxreuse.errors import PlanError
 from fxreuse.groups import Groups, Leaders, Open, Pattern, Run, Sizes, Uniform, fitting
 from fxreuse.groups_text import parse_groups
 from fxreuse.plan import Plan, Reuse
 from fxreuse.plan_options import DTYPES, Match
 from fxreuse.stack_choice import choose_stack
+
+from .running import apply_module
 
 FORMS = (
     "4x4 or 4by4 (4 layers a group, 4 groups), 2x* (to the end of the stack), 4+4+8 (sizes of groups), "
@@ -223,6 +228,15 @@ def test_of_takes_plans_and_text() -> None:
         Plan.of(["4x4"])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("value", [None, 4, b"4x4", ["4x4"]], ids=repr)
+def test_a_plan_is_read_from_text(value: object) -> None:
+    kind = type(value).__name__
+    with pytest.raises(PlanError, match=rf"^a plan is read from a string such as '4x4', found {kind}; write groups"):
+        Plan.parse(value)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=f"found {kind}$"):
+        fxreuse.apply(torch.nn.Linear(2, 2), value)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -316,7 +330,7 @@ def test_of_takes_plans_and_text() -> None:
         (
             "4x4 ffn=match:",
             "plan '4x4 ffn=match:', 'ffn=match:' at character 5: neither a pass nor groups; "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
         (
             "4x4 dtype=bfloat16",
@@ -353,12 +367,12 @@ def test_of_takes_plans_and_text() -> None:
         (
             "prune",
             "plan 'prune', 'prune' at character 1: neither a pass nor groups; "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
         (
             "4X4",
             "plan '4X4', '4X4' at character 1: neither a pass nor groups (did you mean 4x4?); "
-            f"the pass is reuse, groups are such as {FORMS}",
+            f"passes are reuse, share and residual, groups are such as {FORMS}",
         ),
     ],
 )
@@ -518,7 +532,9 @@ def test_no_stack_or_several(text: str, stacks: dict[str, int], message: str) ->
 DOCUMENT = Path(__file__).parents[1] / "docs" / "plans.md"
 
 
-def test_examples_of_the_document() -> None:
+def test_examples_of_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its one model is captured once, and not for every plan."""
+    monkeypatch.setattr(apply_module, "load_program", functools.cache(apply_module.load_program))
     failed, attempted = doctest.testfile(str(DOCUMENT), module_relative=False, encoding="utf-8")
     assert attempted > 5
     assert failed == 0

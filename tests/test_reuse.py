@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib
 from typing import Any
 
 import pytest
 import torch
 
 import fxreuse
-from fxreuse.program import Program
 from fxreuse.record import Record
 from fxreuse.reference import MapSharing, site_calls, site_name
 
-from .architectures import ARCHITECTURES, SAME_MODEL, Case
+from .architectures import ARCHITECTURES, Case
+from .captures import captured
 from .running import (
     Gradients,
     assert_same,
@@ -37,15 +36,15 @@ LOWERINGS = ("materialize", "recompute")
 # In eval mode these are as their unmasked variant.
 NAMES = sorted(ARCHITECTURES.keys() - {"hubert_dense", "hubert_layerdrop"})
 
-# The module: its name in the package is that of the function.
-apply_module = importlib.import_module("fxreuse.apply")
-
 TOLERANCE = 1e-10
 
 
 @dataclasses.dataclass
 class Reused:
+    """A model and what a plan makes of it; ``double`` has both in float64, without what a model keeps of its calls."""
+
     case: Case
+    name: str
     lowering: str
     rewritten: torch.nn.Module
     before: dict[str, dict[str, Any]]
@@ -59,13 +58,29 @@ class Reused:
     def record(self) -> Record:
         return fxreuse.describe(self.rewritten)
 
+    @functools.cached_property
+    def double(self) -> Double:
+        return Double(in_double(self.name), copy.deepcopy(self.rewritten).double())
+
+
+@dataclasses.dataclass
+class Double:
+    case: Case
+    rewritten: torch.nn.Module
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.case.model
+
     def sharing(self, model: torch.nn.Module | None = None) -> MapSharing:
         return MapSharing(self.model if model is None else model, self.case.followers())
 
+    @functools.cached_property
     def reference_gradients(self) -> Gradients:
         with self.sharing():
             return gradients(self.model, call_original(self.model, self.case.inputs))
 
+    @functools.cached_property
     def unused(self) -> set[str]:
         """The parameters that the model does not use for these inputs, plan or no plan."""
         return without_gradient(gradients(self.model, call_original(self.model, self.case.inputs)))
@@ -76,21 +91,14 @@ def without_gradient(found: Gradients) -> set[str]:
     return {name for name, gradient in found.items() if gradient is None or not gradient.any()}
 
 
-def in_double(case: Case) -> Case:
+def in_double(name: str) -> Case:
+    case = ARCHITECTURES[name]()
     return dataclasses.replace(
         case,
         model=case.model.double(),
         inputs=cast(case.inputs, torch.float64),
         other_inputs=cast(case.other_inputs, torch.float64),
     )
-
-
-@functools.lru_cache(maxsize=1)
-def captured(name: str) -> tuple[torch.nn.Module, Program]:
-    """A model captured once for all that is asked of it: no pass changes the program that it is given."""
-    case = in_double(ARCHITECTURES[name]())
-    call_original(case.model, case.inputs)  # what a model sets up at its first call is not for apply to answer for
-    return case.model, apply_module.load_program(case.model, case.inputs)
 
 
 @pytest.fixture(
@@ -100,19 +108,16 @@ def captured(name: str) -> tuple[torch.nn.Module, Program]:
 )
 def reused(request: pytest.FixtureRequest) -> Reused:
     name, lowering = request.param
-    model, program = captured(SAME_MODEL.get(name, name))
-    case = dataclasses.replace(in_double(ARCHITECTURES[name]()), model=model)
-    before = snapshot(case.model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apply_module, "load_program", lambda *_: program)
-        rewritten = fxreuse.apply(case.model, case.full_plan(f"lowering={lowering}"), case.inputs)
-    return Reused(case, lowering, rewritten, before, snapshot(case.model))
+    found = captured(name)
+    before = snapshot(found.model)
+    rewritten = found.apply(found.case.full_plan(f"lowering={lowering}"))
+    return Reused(found.case, name, lowering, rewritten, before, snapshot(found.model))
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_sharing_a_map_makes_a_difference(name: str) -> None:
     """What the other tests of this file rest on."""
-    case = in_double(ARCHITECTURES[name]())
+    case = in_double(name)
     sites = site_calls(case.model, case.inputs)
     assert [(case.site.format(i), 0) for i in range(case.layers)] == [s for s in sites if matches(case.site, s[0])]
     own = named_tensors(call_original(case.model, case.inputs))
@@ -130,23 +135,26 @@ def matches(template: str, path: str) -> bool:
 
 @pytest.mark.parametrize("which", ["inputs", "other_inputs"])
 def test_equals_the_reference(reused: Reused, which: str) -> None:
-    inputs = getattr(reused.case, which)
-    with reused.sharing():
-        expected = call_original(reused.model, inputs)
-    assert_same(call(reused.rewritten, inputs), expected, TOLERANCE)
+    double = reused.double
+    inputs = getattr(double.case, which)
+    with double.sharing():
+        expected = call_original(double.model, inputs)
+    assert_same(call(double.rewritten, inputs), expected, TOLERANCE)
 
 
 def test_has_the_gradients_of_the_reference(reused: Reused) -> None:
-    actual = gradients(reused.rewritten, call(reused.rewritten, reused.case.inputs))
-    assert_same_gradients(actual, reused.reference_gradients(), TOLERANCE)
+    double = reused.double
+    actual = gradients(double.rewritten, call(double.rewritten, double.case.inputs))
+    assert_same_gradients(actual, double.reference_gradients, TOLERANCE)
 
 
 def test_trains_as_the_reference(reused: Reused) -> None:
     """Every consumer of a map has its own dropout, at the place in the random stream where it had it before."""
     if reused.case.training_lost:
         pytest.skip("the record says what training loses")
-    model, rewritten, inputs = copy.deepcopy(reused.model), copy.deepcopy(reused.rewritten), reused.case.inputs
-    with reused.sharing(model):
+    double = reused.double
+    model, rewritten, inputs = copy.deepcopy(double.model), copy.deepcopy(double.rewritten), double.case.inputs
+    with double.sharing(model):
         expected, expected_gradients = seeded_step(model, lambda: call_original(model, inputs))
     actual, actual_gradients = seeded_step(rewritten, lambda: call(rewritten, inputs))
     assert_same(actual, expected, TOLERANCE)
@@ -157,7 +165,8 @@ def test_removes_what_the_reference_does_not_use(reused: Reused) -> None:
     """A parameter that gets no gradient because maps are shared is gone; the record names it and its size."""
     originals = dict(reused.model.named_parameters())
     remaining = dict(reused.rewritten.named_parameters())
-    unused = without_gradient(reused.reference_gradients()) - reused.unused()
+    double = reused.double
+    unused = without_gradient(double.reference_gradients) - double.unused
     assert remaining.keys() == originals.keys() - unused
     assert not unused & reused.rewritten.state_dict().keys()
     removed, added = reused.record.removed, reused.record.added
@@ -179,15 +188,16 @@ def test_shares_the_parameters_that_it_keeps(reused: Reused) -> None:
 
 def test_every_remaining_parameter_learns(reused: Reused) -> None:
     """Those aside that do not get a gradient in the reference either, or one that is zero up to rounding."""
-    rewritten = copy.deepcopy(reused.rewritten).train()
-    reference = reused.reference_gradients()
+    double = reused.double
+    rewritten = copy.deepcopy(double.rewritten).train()
+    reference = double.reference_gradients
     used = {name for name, value in reference.items() if value is not None and float(value.abs().max()) > 1e-9}
     remaining = dict(rewritten.named_parameters())
     assert len(used & remaining.keys()) > len(remaining) // 2
     before = {name: parameter.detach().clone() for name, parameter in remaining.items()}
     optimizer = torch.optim.SGD(rewritten.parameters(), lr=0.1)
     for _ in range(3):  # a layer may be dropped in one of them
-        found = gradients(rewritten, call(rewritten, reused.case.inputs))
+        found = gradients(rewritten, call(rewritten, double.case.inputs))
         for name, parameter in remaining.items():
             parameter.grad = found[name]
         optimizer.step()
@@ -238,8 +248,8 @@ def test_leaves_the_model_untouched(reused: Reused) -> None:
 
 
 def test_a_layer_whose_map_others_use_is_never_dropped() -> None:
-    case = ARCHITECTURES["hubert_layerdrop"]()
-    rewritten = fxreuse.apply(case.model, case.full_plan(), case.inputs)
+    case = captured("hubert_layerdrop").case
+    rewritten = captured("hubert_layerdrop").apply(case.full_plan())
     dropped = dict.fromkeys(range(case.layers), 0)
     for seed in range(12):
         _, found = seeded_step(rewritten, lambda: call(rewritten, case.inputs), seed)

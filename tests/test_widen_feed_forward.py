@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +18,7 @@ from fxreuse.frontend import load_program
 from fxreuse.passes.lay_reuse import lay_reuse
 from fxreuse.plan import Plan
 
-from .running import gradients
+from .running import apply_captured, gradients
 
 WIDTH, INNER = 8, 12
 X = torch.randn(3, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -102,7 +104,7 @@ class WithAdapter(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapter = nn.Sequential(nn.Linear(WIDTH, 2), nn.ReLU(), nn.Linear(2, WIDTH))
+        self.adapter = nn.Sequential(nn.Linear(WIDTH, 2), nn.GELU(), nn.Linear(2, WIDTH))
 
     def forward(self, x):
         return self.adapter(super().forward(x))
@@ -199,40 +201,70 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_function_stays_and_what_is_new_learns(form):
-    make, unit = FORMS[form]
-    model = Model(make).double().eval()
-    wide = fxreuse.apply(model, "1x* ffn=17", X)
-    record = fxreuse.describe(wide)
+class AllForms(nn.Module):
+    """A layer of every form."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(make()) for make, _ in FORMS.values())
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def widened() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    model = AllForms().double().eval()
+    return model, fxreuse.apply(model, "1x* ffn=17", X)
+
+
+def test_the_function_stays(widened):
+    model, wide = widened
     torch.testing.assert_close(wide(X), model(X), rtol=0, atol=1e-12)
-    assert count(wide) - count(model) == 2 * 5 * unit == record.parameters_added
-    assert record.parameters_removed == 0
-    assert all(path.split(".")[1] == str(one.layer) for one in record.decisions for path in one.added)
-    assert sorted(path for one in record.decisions for path in one.added) == sorted(record.added)
-
+    record = fxreuse.describe(wide)
     wanted = gradients(model, model(X))
     for name, gradient in gradients(wide, wide(X)).items():
         if name not in record.added:
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-10)
+    assert record.parameters_removed == 0
+    assert record.parameters_added == count(wide) - count(model)
+    assert sorted(path for one in record.decisions for path in one.added) == sorted(record.added)
 
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gets_five_units_more(widened, form):
+    record = fxreuse.describe(widened[1])
+    decision = record.decisions[list(FORMS).index(form)]
+    assert sum(record.added[path] for path in decision.added) == 5 * FORMS[form][1]
+    assert {path.split(".")[1] for path in decision.added} == {str(decision.layer)}
+
+
+def test_what_is_new_learns(widened):
+    model, wide = widened[0], copy.deepcopy(widened[1])
     optimizer = torch.optim.SGD(wide.parameters(), 0.05)
     before = {name: parameter.detach().clone() for name, parameter in wide.named_parameters()}
     for _ in range(2):  # columns first, then rows
         optimizer.zero_grad()
         wide(X).square().mean().backward()
         optimizer.step()
-    for name in record.added:
+    for name in fxreuse.describe(wide).added:
         old, new = dict(model.named_parameters())[name], dict(wide.named_parameters())[name]
         [axis] = [i for i, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)) if a != b]
         change = (new - before[name]).abs().movedim(axis, 0).reshape(new.shape[axis], -1).amax(1)
         assert change.count_nonzero() > old.shape[axis], f"{name} does not learn"
 
 
-def test_new_columns_are_zero_and_new_rows_are_not():
+@pytest.fixture(scope="module")
+def plain() -> tuple[nn.Module, nn.Module]:
     model = Model(Plain).eval()
-    wide = dict(fxreuse.apply(model, "1x* ffn=17", X.float()).named_parameters())
+    return model, fxreuse.apply(model, "1x* ffn=17", X.float())
+
+
+def test_new_columns_are_zero_and_new_rows_are_not(plain):
+    model, wide = plain[0], dict(plain[1].named_parameters())
     rows, columns = wide["layers.1.feed_forward.up.weight"], wide["layers.1.feed_forward.down.weight"]
     assert torch.equal(rows[:INNER], model.layers[1].feed_forward.up.weight)
     assert rows[INNER:].std() > 0.1
@@ -241,8 +273,8 @@ def test_new_columns_are_zero_and_new_rows_are_not():
     assert wide["layers.1.feed_forward.down.bias"] is model.layers[1].feed_forward.down.bias
 
 
-def test_modules_know_their_sizes():
-    wide = fxreuse.apply(Model(Plain).eval(), "1x* ffn=17", X.float())
+def test_modules_know_their_sizes(plain):
+    wide = plain[1]
     up, down = wide.get_submodule("layers.0.feed_forward.up"), wide.get_submodule("layers.0.feed_forward.down")
     assert (up.out_features, down.in_features) == (17, 17)
     assert isinstance(up, nn.Linear)
@@ -250,33 +282,35 @@ def test_modules_know_their_sizes():
 
 def test_shared_layers_are_widened_once():
     model = Model(Plain, layers=3, shared=True).double().eval()
-    wide = fxreuse.apply(model, "3x* ffn=17", X)
+    program = load_program(model, X)
+    wide = apply_captured(model, program, "3x* ffn=17")
     record = fxreuse.describe(wide)
     assert record.parameters_added == 5 * FORMS["plain"][1]
     assert count(wide) == count(model) + record.parameters_added - record.parameters_removed
-    same = fxreuse.apply(model, "1x* ffn=17", X)
+    same = apply_captured(model, program, "1x* ffn=17")
     torch.testing.assert_close(same(X), model(X), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["plain", "gated", "two"])
+@pytest.mark.parametrize("form", ["plain", "two"])
 def test_match(form):
     make, unit = FORMS[form]
-    program = load_program(Model(make, layers=4).eval(), X.float())
+    program = load_program(Model(make, layers=3).eval(), X.float())
     sites = find(program)
 
+    @functools.cache
     def size(plan):
         step = Plan.parse(plan).passes[0]
-        done = lay_reuse(program, sites, step.groups.leaders(4), step)
+        done = lay_reuse(program, sites, step.groups.leaders(3), step)
         parameters = sum(parameter.numel() for parameter in done.program.parameters().values())
         assert sum(done.added.values()) - sum(done.removed.values()) == parameters - size_before
         return parameters
 
     size_before = sum(parameter.numel() for parameter in program.parameters().values())
-    for plan, target in (("4x1", size_before), ("2x2", size_before), ("4x1", size("2x2"))):
-        aim = "" if target == size_before else ":2x2"
+    for plan, target in (("3x1", size_before), ("2x*", size_before), ("3x1", size("2x*"))):
+        aim = "" if target == size_before else ":2x*"
         found, without = size(f"{plan} ffn=match{aim}"), size(plan)
-        assert 0 <= target - found < 4 * unit
-        assert (found - without) % (4 * unit) == 0
+        assert 0 <= target - found < 3 * unit
+        assert (found - without) % (3 * unit) == 0
 
 
 def test_a_model_without_weights():
@@ -314,12 +348,13 @@ def test_tied_weights_of_two_modules_are_left_alone():
 
 def test_widths_that_cannot_be():
     model = Model(Plain, layers=4).eval()
+    program = load_program(model, X.float())
     with pytest.raises(
         fxreuse.PlanError, match=r"ffn=8 is narrower than the feed-forward layer of layers\.0, .* width 12"
     ):
-        fxreuse.apply(model, "2x2 ffn=8", X.float())
+        apply_captured(model, program, "2x2 ffn=8")
     with pytest.raises(fxreuse.PlanError, match=r"has 144 parameters more than under 4x1; leave ffn= out"):
-        fxreuse.apply(model, "2x2 ffn=match:4x1", X.float())
+        apply_captured(model, program, "2x2 ffn=match:4x1")
 
 
 def test_found_by_data_flow():

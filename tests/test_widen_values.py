@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from fxreuse.program import Program
 from fxreuse.reference import MapSharing
 from fxreuse.tree import reads
 
+from .handwritten import exported
 from .meta_values import assert_values_known
 
 reuse = importlib.import_module("fxreuse.passes.reuse").reuse
@@ -158,11 +160,15 @@ class Encoder(nn.Module):
         return x
 
 
-def reused(model: nn.Module, x: object, lowering: str = "materialize") -> tuple[Program, AttentionSites]:
-    program = load_program(model.eval(), x)
+def reused(program: Program, lowering: str = "materialize") -> tuple[Program, AttentionSites]:
+    """All layers use the map of the first."""
     sites = find(program)
-    leaders = [0] * len(sites)
-    return reuse(program, list(sites), leaders, lowering).program, sites
+    return reuse(program, list(sites), [0] * len(sites), lowering).program, sites
+
+
+@functools.cache
+def double(kind: Callable[..., nn.Module]) -> Program:
+    return exported(Encoder(kind).double(), torch.randn(3, 5, WIDTH).double())
 
 
 KINDS = (
@@ -177,9 +183,7 @@ RECOMPUTED = (Layer, GroupedFused, Interleaved)
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_the_function_stays(kind: Callable[..., nn.Module], lowering: str) -> None:
-    model = Encoder(kind).double()
-    x = torch.randn(3, 5, WIDTH).double()
-    before, sites = reused(model, x, lowering)
+    before, sites = reused(double(kind), lowering)
     after = before.copy()
     grown = widen_values(after, sites[1:], 2)
     after.check()
@@ -212,7 +216,7 @@ def reference(after: Program, kind: Callable[..., nn.Module]) -> Encoder:
 def test_new_channels_are_channels_of_their_heads(kind: Callable[..., nn.Module]) -> None:
     """With columns that are no longer zero: values and gradients are those of the class with wider values."""
     x = torch.randn(3, 5, WIDTH).double()
-    program, sites = reused(Encoder(kind).double(), x)
+    program, sites = reused(double(kind))
     widen_values(program, sites[1:], 2)
     own = {path: value for path, value in reads(program).items() if isinstance(value, nn.Parameter)}
     with torch.no_grad():
@@ -232,7 +236,7 @@ def test_new_channels_are_channels_of_their_heads(kind: Callable[..., nn.Module]
 
 def test_wider_values_learn() -> None:
     x, y = torch.randn(8, 6, WIDTH), torch.randn(8, 6, WIDTH)
-    program, sites = reused(Encoder(Layer), x)
+    program, sites = reused(exported(Encoder(Layer), x))
     widen_values(program, sites[1:], 2)
     parameters = [value for value in reads(program).values() if isinstance(value, nn.Parameter)]
     optimizer = torch.optim.SGD(parameters, 0.5)
@@ -251,7 +255,7 @@ def test_wider_values_learn() -> None:
 
 def test_three_times_as_wide_and_once_again() -> None:
     x = torch.randn(3, 5, WIDTH).double()
-    program, sites = reused(Encoder(Interleaved).double(), x)
+    program, sites = reused(double(Interleaved))
     expected = program.module(x)
     assert widen_values(program, sites[1:], 1) == {}
     widen_values(program, sites[1:], 3)
@@ -266,7 +270,7 @@ def test_new_rows_are_initialised_as_the_module_does_it() -> None:
     model = Encoder(Layer)
     model.layers[1].v.weight.data.mul_(100)
     model.layers[1].v.requires_grad_(False)
-    program, sites = reused(model, x)
+    program, sites = reused(load_program(model, x))
     widen_values(program, sites[1:], 2)
     fresh = reads(program)["layers.1.v.weight"].view(HEADS, 2, DIM, WIDTH)[:, 1]
     assert 0.5 * WIDTH**-0.5 < fresh.abs().max() <= WIDTH**-0.5
@@ -275,7 +279,7 @@ def test_new_rows_are_initialised_as_the_module_does_it() -> None:
     assert reads(program)["layers.1.out.weight"].requires_grad
     model = Encoder(Transposed)
     model.layers[1].w.data.mul_(100)
-    program, sites = reused(model, x)
+    program, sites = reused(load_program(model, x))
     widen_values(program, sites[1:], 2)
     fresh = reads(program)["layers.1.w"].view(WIDTH, HEADS, 2, DIM)[:, :, 1]
     assert 50 < fresh.std() < 200
@@ -285,7 +289,7 @@ def test_new_rows_are_initialised_as_the_module_does_it() -> None:
 def test_a_model_without_weights_gets_none() -> None:
     with torch.device("meta"):
         model = Encoder(Thirds)
-    program, sites = reused(model, torch.randn(3, 5, WIDTH, device="meta"))
+    program, sites = reused(load_program(model, torch.randn(3, 5, WIDTH, device="meta")))
     grown = widen_values(program, sites[1:], 2)
     assert grown["layers.1.qkv.weight"] == WIDTH * WIDTH
     assert all(value.is_meta for value in reads(program).values())
@@ -295,13 +299,19 @@ def test_a_model_without_weights_gets_none() -> None:
 def test_public_models() -> None:
     hf = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 2}
+    gpt2 = hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4, use_cache=False)
     models = [
         (hf.BertModel(hf.BertConfig(**sizes, intermediate_size=32)), "encoder.layer.1.attention.self.value.weight", 0),
-        (hf.GPT2Model(hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4)), "h.1.attn.c_attn.weight", 1),
+        (
+            hf.GPT2Model(gpt2),
+            "h.1.attn.c_attn.weight",
+            1,
+        ),
     ]
     ids = torch.randint(3, 50, (2, 7))
     for model, path, axis in models:
-        before, sites = reused(model.double(), {"input_ids": ids})
+        program = load_program(torch.export.export(model.double().eval(), (ids,), strict=False))
+        before, sites = reused(program)
         after = before.copy()
         grown = widen_values(after, sites[1:], 2)
         assert grown[path] == 16 * 16
@@ -362,7 +372,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_what_else_has_that_width_is_named(kind: Callable[..., nn.Module]) -> None:
-    program, sites = reused(Encoder(kind), torch.randn(3, 5, WIDTH))
+    program, sites = reused(exported(Encoder(kind, 2), torch.randn(3, 5, WIDTH)))
     with pytest.raises(fxreuse.UnsupportedError, match=rf"layers\.1: .*({REFUSED[kind]})"):
         widen_values(program, sites[1:], 2)
 
@@ -381,7 +391,7 @@ class Called(nn.Module):
 
 def test_a_shared_module_is_widened_if_all_its_calls_are() -> None:
     x = torch.randn(3, 5, WIDTH).double()
-    program = load_program(Called(first=True).double().eval(), x)
+    program = exported(Called(first=True).double(), x)
     sites = find(program)
     expected = program.module(x)
     with pytest.raises(fxreuse.UnsupportedError, match=r"layer@1: .*layer\.v\.weight is also read by linear"):
@@ -398,12 +408,12 @@ def test_a_shared_module_is_widened_if_all_its_calls_are() -> None:
 def test_tied_weights_are_not_widened() -> None:
     model = Encoder(Layer)
     model.layers[2].v.weight = model.layers[1].v.weight
-    program, sites = reused(model, torch.randn(3, 5, WIDTH))
+    program, sites = reused(exported(model, torch.randn(3, 5, WIDTH)))
     with pytest.raises(fxreuse.UnsupportedError, match=r"one parameter|is also read by"):
         widen_values(program, sites[2:], 2)
 
 
 def test_fewer_than_one_value_is_no_plan() -> None:
-    program, sites = reused(Encoder(Layer), torch.randn(3, 5, WIDTH))
+    program, sites = reused(double(Layer))
     with pytest.raises(fxreuse.PlanError, match="values=0"):
         widen_values(program, sites[1:], 0)

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import re
+import sys
 import time
 from functools import partial
 from importlib import metadata
@@ -21,13 +22,13 @@ from .page import PAGE, render
 from .row import Row
 from .rows import ROWS, missing
 from .runner import isolated, run, warm_up
-from .verdict import problems, summary
+from .verdict import problems, summary, unreached
 
 RESULTS = Path(__file__).parent.parent / "results" / "coverage.json"
 
 
-def main() -> None:
-    """Run what is asked for, and write the data as each row ends."""
+def main() -> int:
+    """Run what is asked for, and write the data as each row ends. Returns 1 where anything is wrong, and else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.add_argument("--only", metavar="PATTERN", help="run the rows whose name matches, also where they have run")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
@@ -40,7 +41,7 @@ def main() -> None:
     ]
     if arguments.list:
         print("\n".join(f"{row.family:16} {row.name:48} {row.expected:3}  {row.source}" for row in rows))
-        return
+        return 0
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     data = {"rows": {}} if arguments.fresh or not RESULTS.exists() else json.loads(RESULTS.read_text())
@@ -66,8 +67,10 @@ def main() -> None:
     print(
         f"{numbers['correct']} of {numbers['rows']} rows are right, {numbers['rewritten']} rewritten by both lowerings"
     )
-    for name, row in data["rows"].items():
-        print("".join(f"WRONG {name}: {problem}\n" for problem in problems(row)), end="")
+    wrong = [f"WRONG {name}: {problem}" for name, row in data["rows"].items() for problem in problems(row)]
+    wrong += [f"WRONG the whole: {problem}" for problem in (() if again else unreached(data))]
+    print("\n".join(wrong))
+    return 1 if wrong else 0
 
 
 def _versions() -> dict[str, str]:
@@ -106,10 +109,10 @@ def _brief(row: Row, result: dict[str, Any]) -> str:
 
 
 def _write(data: dict[str, Any]) -> None:
-    data["rows"] = {row.name: data["rows"][row.name] for row in ROWS if row.name in data["rows"]}
+    data["rows"] = {row.name: {**data["rows"][row.name], **row.known} for row in ROWS if row.name in data["rows"]}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

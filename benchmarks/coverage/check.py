@@ -32,13 +32,13 @@ from .verdict import LOWERINGS
 
 def check(row: Row) -> dict[str, Any]:
     """Everything that is measured of a row. A step that fails ends it, with what happened under ``failed``."""
-    result: dict[str, Any] = {"family": row.family, "expected": row.expected, "source": row.source}
+    result: dict[str, Any] = row.known
     clock = _Clock()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             _fill(result, row, clock)
-        except fxreuse.UnsupportedError as refusal:
+        except (fxreuse.UnsupportedError, fxreuse.CaptureError) as refusal:
             result["refused"] = _text(refusal)
         except Exception as error:
             result["failed"] = _crash(error)
@@ -59,7 +59,6 @@ def _fill(result: dict[str, Any], row: Row, clock: _Clock) -> None:
     result["stacks"] = {name: len(members) for name, members in sites.stacks.items()}
     result["parts_match"] = row.whole or sorted(result["stacks"].values()) == sorted(row.sites.values())
     result["rejected"] = [f"{one.path}: {one.reason}" for one in sites.rejected]
-    result["rejected_expected"] = row.not_attention
     if not row.expected:
         return
     if not len(sites):

@@ -102,7 +102,12 @@ def _scaling(scaling: Mapping[str, Any]) -> str:
 def _table(rows: Mapping[str, Any]) -> str:
     headers = ["architecture", "attentions", "found", "capture", "free sizes", "identity", *LOWERINGS, "seconds"]
     cells = [[name, f"{row['expected']}: {row['source']}", *_cells(row)] for name, row in rows.items()]
-    return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+    notes = [f"- {name}: {row['note']}\n" for name, row in rows.items() if "note" in row]
+    return (
+        tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
+        + "\n" * 2 * bool(notes)
+        + "".join(notes)
+    )
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

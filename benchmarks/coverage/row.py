@@ -37,7 +37,9 @@ class Row:
     ``plans`` has, by a piece of a stack's name, the groups to share within where pairs of layers cannot; ``whole`` says
     that the parts are counted only in total, since the model has them in one sequence. ``not_attention`` is the number
     of softmaxes that are none and must be rejected. ``target`` is the submodule that is captured, with what the model
-    gives it, where the Python around it cannot be. ``needs`` is the package that the model comes from.
+    gives it, where the Python around it cannot be. ``needs`` is the package that the model comes from. ``note`` says
+    what a reader of the table has to know about the row; ``refused`` has the reasons of `verdict.REASONS` for which a
+    lowering (``"recompute"``) or the ``"whole"`` model is refused.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Row:
     not_attention: int = 0
     target: str | None = None
     needs: str = "torch"
+    note: str = ""
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def expected(self) -> int:
@@ -59,6 +63,13 @@ class Row:
     def source(self) -> str:
         """Where that number comes from."""
         return " + ".join(f"{count} {part}" for part, count in self.sites.items()) or "none"
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What stands in the table before anything is run."""
+        said = {"note": self.note} if self.note else {}
+        sites = {"expected": self.expected, "source": self.source, "rejected_expected": self.not_attention}
+        return {"family": self.family, **sites, "refused_expected": dict(self.refused), **said}
 
     def seeded(self) -> Built:
         """The model, with weights under which maps are sharp and biases count."""
@@ -137,14 +148,14 @@ def images(model: torch.nn.Module, side: int = 32, name: str = "pixel_values", *
     return Built(model, *({name: torch.randn(batch, 3, side, side), **more} for batch in (2, 3)))
 
 
-def samples(model: torch.nn.Module, name: str = "input_values", padded: bool = True) -> Built:
-    """A model of audio samples, called at 2×230 and 3×301, the last row padded."""
+def samples(model: torch.nn.Module, name: str = "input_values", padded: bool = True, longer: int = 301) -> Built:
+    """A model of audio samples, called at 2×230 and at 3×301 or a length of its own, the last row padded."""
 
     def call(batch: int, length: int) -> dict[str, Any]:
         mask = {"attention_mask": padding(batch, length)} if padded else {}
         return {name: torch.randn(batch, length), **mask}
 
-    return Built(model, call(2, 230), call(3, 301))
+    return Built(model, call(2, 230), call(3, longer))
 
 
 def states(model: torch.nn.Module, width: int = 16) -> Built:

@@ -24,6 +24,7 @@ def decoder(
     layers: int = LAYERS,
     plans: Mapping[str, str] | None = None,
     not_attention: int = 0,
+    refused: Mapping[str, str] | None = None,
     sites: Mapping[str, int] | None = None,
     base: Mapping[str, Any] | None = None,
     suffix: str = "",
@@ -43,6 +44,7 @@ def decoder(
         build,
         plans=plans or {},
         not_attention=not_attention,
+        refused=refused or {},
         needs="transformers",
     )
 
@@ -96,7 +98,15 @@ ROWS = (
     decoder("Qwen3", "Qwen3", **ROTARY),
     decoder("Gemma", "Gemma", **ROTARY),
     # Sliding and full layers by turns.
-    decoder("Gemma 2", "Gemma2", layers=4, plans={"": "leaders=0,1,0,1"}, sliding_window=5, **ROTARY),
+    decoder(
+        "Gemma 2",
+        "Gemma2",
+        layers=4,
+        plans={"": "leaders=0,1,0,1"},
+        refused={"recompute": "scores not affine"},
+        sliding_window=5,
+        **ROTARY,
+    ),
     # Five sliding layers, then a full one.
     decoder(
         "Gemma 3", "Gemma3", suffix="Text", layers=6, plans={"": "leaders=0,0,0,3,3,5"}, sliding_window=5, **ROTARY

@@ -148,6 +148,7 @@ ROWS = (
         {"block 1 self": 2, "block 2 pooling": 1, "block 2 self": 1, "decoder self": 2},
         plans={"blocks.1": "1x*"},
         whole=True,
+        note="its positions take `len` of a tensor of pooled ones, which fixes the length.",
     ),
     _row("MobileBERT", _mobilebert),
     _row("XLM", _xlm),

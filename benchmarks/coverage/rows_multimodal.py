@@ -205,8 +205,13 @@ ROWS = (
     _row("SigLIP", _siglip, TOWERS, not_attention=1),
     _row("OWL-ViT", _owlvit, TOWERS),
     _row("FLAVA", _flava, {**TOWERS, "multimodal self": LAYERS}),
-    # How many patches it samples depends on the values of the pixel mask.
-    _row("ViLT, target=encoder", _vilt, {"joint self": LAYERS}, target="encoder"),
+    _row(
+        "ViLT, target=encoder",
+        _vilt,
+        {"joint self": LAYERS},
+        target="encoder",
+        note="how many patches the model samples depends on the values of its pixel mask, so its encoder is captured.",
+    ),
     _row("VisualBERT", _visual_bert, {"joint self": LAYERS}),
     # Each cross-modality layer: cross-attention both ways by one module, then self-attention of each side.
     _row(
@@ -225,7 +230,12 @@ ROWS = (
     _row("BLIP retrieval", _blip, {"vision self": LAYERS, "text self": LAYERS, "text cross": LAYERS}),
     _row("BLIP-2 Q-Former", _qformer, {"query self": LAYERS, "query cross": LAYERS}),
     _row("GIT", _git, {"vision self": LAYERS, "text self": LAYERS}),
-    _row("LLaVA", _llava, {"vision self": LAYERS, "text self": LAYERS}),
+    _row(
+        "LLaVA",
+        _llava,
+        {"vision self": LAYERS, "text self": LAYERS},
+        note="the model ties the number of pictures to that of the placeholders among the tokens.",
+    ),
     # Two cross-modal layers a side, each with self- and cross-attention.
     _row(
         "BridgeTower",

@@ -27,14 +27,15 @@ def bart_like(name: str, kind: str, **config: Any) -> Row:
     return Row(name, "encoder–decoder", SITES, build, needs="transformers")
 
 
-def t5_like(name: str, kind: str, not_attention: int = 0, **config: Any) -> Row:
+def t5_like(name: str, kind: str, not_attention: int = 0, refused: dict[str, str] | None = None, **config: Any) -> Row:
     """A sibling of T5 by the stem of its class."""
 
     def build() -> Built:
         sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": 4}
         return pairs(getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(**sizes, **ENDS, **config)))
 
-    return Row(name, "encoder–decoder", SITES, build, not_attention=not_attention, needs="transformers")
+    more: dict[str, Any] = {"not_attention": not_attention, "refused": refused or {}, "needs": "transformers"}
+    return Row(name, "encoder–decoder", SITES, build, **more)
 
 
 def _frames(model: torch.nn.Module, name: str, *shapes: tuple[int, ...]) -> Built:
@@ -93,7 +94,9 @@ def _prophetnet() -> Built:
         ngram=1,
         **ENDS,
     )
-    return pairs(hf.ProphetNetModel(config))
+    built = pairs(hf.ProphetNetModel(config))
+    calls = [{**call, "attention_mask": call["attention_mask"].float()} for call in (built.inputs, built.other)]
+    return Built(built.model, *calls)
 
 
 def _time_series() -> Built:
@@ -156,6 +159,7 @@ ROWS = (
         "Switch Transformer",
         "SwitchTransformers",
         not_attention=2,
+        refused={"whole": "Python that depends on values"},
         num_decoder_layers=LAYERS,
         num_experts=4,
         num_sparse_encoder_layers=1,
@@ -172,5 +176,7 @@ ROWS = (
         "ProphetNet",
         _prophetnet,
         {"encoder self": 2, "decoder main stream": 2, "decoder predicting stream": 2, "decoder cross": 2},
+        note="its padding mask is given in floating point: of integers the model itself makes NaN in float64, "
+        "as 0 times minus infinity.",
     ),
 )

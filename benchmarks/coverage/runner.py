@@ -23,7 +23,7 @@ WARM = Row("warm-up", "", {"self": 2}, lambda: states(Stack(Separate, 2)))
 
 def run(row: Row, limit: int = LIMIT) -> dict[str, Any]:
     """The result of a row, run in a fork of this process."""
-    return isolated(lambda: check(row), limit) | {"family": row.family, "expected": row.expected, "source": row.source}
+    return row.known | isolated(lambda: check(row), limit)
 
 
 def isolated(work: Callable[[], dict[str, Any]], limit: int = LIMIT) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""Attention over some blocks of queries and keys only, in two ways that skip the others.
+
+Blocks are squares of a fixed side. `gathered_attention` runs the fused operator for every row of blocks on the keys
+that the row has; it is ordinary differentiable tensor code. `flex_attention_over_blocks` runs FlexAttention, compiled,
+where no gradient is recorded, and the fused operator with a mask elsewhere.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Counts = tuple[tuple[int, ...], ...]
+
+_block_masks: weakref.WeakKeyDictionary[Tensor, Any] = weakref.WeakKeyDictionary()
+_compiled: list[Any] = []
+
+
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    pairs: int,
+    columns: Tensor,
+    counts: Counts,
+    block: int,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Attention in which every row of blocks sees its own keys.
+
+    Arguments:
+        query: (…, heads, queries, width). Shorter ones than the blocks are for are their leading part.
+        key: (…, heads, keys, width).
+        value: (…, heads, keys, value width).
+        mask: as that of the fused operator, or None.
+        dropout_p: the probability with which a weight is dropped.
+        scale: what the scores are multiplied by; None for 1/√width.
+        enable_gqa: whether there are fewer heads of keys and values than of queries.
+        pairs: how many pairs of a query and a key all heads have in their blocks, from which the work is counted.
+        columns: the keys of every row of blocks, row after row, those of further heads behind them.
+        counts: for every head, or for all together, how many keys each row has.
+        block: the side of a block.
+        positions: where each key stands among the queries, if no query sees a key behind it.
+
+    >>> x = torch.randn(1, 1, 4, 8)
+    >>> rows = torch.tensor([0, 1, 2, 3, 2, 3])
+    >>> whole = F.scaled_dot_product_attention(x, x, x)
+    >>> found = gathered_attention(x, x, x, None, 0.0, None, False, 12, rows, ((4, 2),), 2)
+    >>> torch.allclose(found[..., :2, :], whole[..., :2, :], atol=1e-6)
+    True
+    """
+    offset, heads = 0, []
+    for head, row_counts in enumerate(counts):
+        one = slice(head, head + 1) if len(counts) > 1 else slice(None)
+        own = slice(head // _group(query, key), head // _group(query, key) + 1) if len(counts) > 1 else slice(None)
+        own_mask = mask if mask is None or mask.dim() < 3 or mask.shape[-3] == 1 else mask[..., one, :, :]
+        parts = []
+        for row, count in enumerate(row_counts):
+            rows = slice(row * block, min((row + 1) * block, query.shape[-2]))
+            index, offset = columns[offset : offset + count], offset + count
+            if rows.start >= query.shape[-2]:
+                continue
+            index = index.clamp(max=key.shape[-2] - 1) if positions is not None else index
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query[..., one, rows, :],
+                    key[..., own, :, :].index_select(-2, index),
+                    value[..., own, :, :].index_select(-2, index),
+                    _mask_of(own_mask, rows, index, columns[offset - count : offset], positions),
+                    dropout_p,
+                    scale=scale,
+                    enable_gqa=enable_gqa and len(counts) == 1,
+                )
+            )
+        heads.append(torch.cat(parts, -2))
+    return heads[0] if len(heads) == 1 else torch.cat(heads, -3)
+
+
+def _group(query: Tensor, key: Tensor) -> int:
+    """How many heads of queries share one of keys."""
+    return query.shape[-3] // key.shape[-3] if query.dim() > 2 else 1
+
+
+def _mask_of(
+    mask: Tensor | None, rows: slice, index: Tensor, wanted: Tensor, positions: Tensor | None
+) -> Tensor | None:
+    """The part of a mask that some queries and keys have, and that no query sees a key behind it."""
+    if mask is not None:
+        mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+        mask = mask if mask.shape[-1] == 1 else mask.index_select(-1, index)
+    if positions is None:
+        return mask
+    queries = torch.arange(rows.start, rows.stop, device=index.device)
+    seen = positions.index_select(0, wanted) <= queries.unsqueeze(-1)
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+
+
+def flex_attention_over_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    pairs: int,
+    blocks: Tensor,
+    block: int,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Attention over the blocks that are True in ``blocks``, (heads or 1, rows, columns).
+
+    The other arguments are those of `gathered_attention`. Where a gradient is recorded, weights are dropped, or
+    another mask has to be seen to, it is the fused operator with a mask: FlexAttention has no backward on a CPU.
+
+    >>> x = torch.randn(1, 1, 4, 8)
+    >>> blocks = torch.tensor([[[True, False], [True, True]]])
+    >>> flex_attention_over_blocks(x, x.requires_grad_(), x, None, 0.0, None, False, 12, blocks, 2).shape
+    torch.Size([1, 1, 4, 8])
+    """
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if training or dropout_p or mask is not None or query.shape[-2] != blocks.shape[-2] * block or query.dim() != 4:
+        visible = visible_of(blocks, block, query.shape[-2], key.shape[-2], positions)
+        if mask is not None:
+            visible = visible & mask if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+        return F.scaled_dot_product_attention(query, key, value, visible, dropout_p, scale=scale, enable_gqa=enable_gqa)
+    block_mask = _block_mask(blocks, block, key.shape[-2], positions)
+    return _flex(query, key, value, block_mask, scale, enable_gqa)
+
+
+def visible_of(blocks: Tensor, block: int, queries: int, keys: int, positions: Tensor | None) -> Tensor:
+    """Which query sees which key, (heads or 1, queries, keys)."""
+    seen = blocks.repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :queries, :keys]
+    if positions is None:
+        return seen
+    return seen & (positions[:keys] <= torch.arange(queries, device=blocks.device).unsqueeze(-1))
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float | None, enable_gqa: bool) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if torch.compiler.is_compiling():
+        return flex_attention(query, key, value, None, block_mask, scale, enable_gqa)
+    if not _compiled:
+        _compiled.append(torch.compile(flex_attention))
+    return _compiled[0](query, key, value, None, block_mask, scale, enable_gqa)
+
+
+def _block_mask(blocks: Tensor, block: int, keys: int, positions: Tensor | None) -> Any:
+    """The blocks in the form that FlexAttention takes; made once."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if torch.compiler.is_compiling():
+        return _new_block_mask(BlockMask, blocks, block, keys, positions)
+    if blocks not in _block_masks:
+        _block_masks[blocks] = _new_block_mask(BlockMask, blocks, block, keys, positions)
+    return _block_masks[blocks]
+
+
+def _new_block_mask(kind: Any, blocks: Tensor, block: int, keys: int, positions: Tensor | None) -> Any:
+    rows, columns = blocks.shape[-2:]
+    partial = torch.zeros_like(blocks)
+    if positions is not None:
+        ends = torch.arange(1, columns + 1, device=blocks.device).mul(block).clamp(max=keys) - 1
+        partial = blocks & (positions[ends] > torch.arange(rows, device=blocks.device).mul(block).unsqueeze(-1))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= 0 if positions is None else positions[key] <= query
+
+    some, full = (_listed(chosen.unsqueeze(0)) for chosen in (partial, blocks & ~partial))
+    lengths = rows * block, keys
+    return kind.from_kv_blocks(*some, *full, BLOCK_SIZE=block, mask_mod=sees, seq_lengths=lengths)
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """For every row how many blocks are chosen, and which, first the chosen ones."""
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1).int(), order.int()

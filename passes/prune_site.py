@@ -1,0 +1,272 @@
+"""One attention without what its prior cuts: keys gathered before they are projected, scores hidden or skipped."""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import sympy
+import torch
+from torch import fx
+
+from fxreuse.axes import product, sizes
+from fxreuse.contexts import find_contexts
+from fxreuse.flow import Flow
+from fxreuse.follow import arguments, packet
+from fxreuse.map_workspace import attention_map
+from fxreuse.nodes import call, inserting_before, is_call
+from fxreuse.program import Program, get_attribute
+from fxreuse.projections import take_place
+from fxreuse.pruning import SitePruning
+from fxreuse.selection import Kept
+from fxreuse.softmaxes import SOFTMAX
+from fxreuse.tree import free_path
+
+from .fused import OPERATOR, Fused
+from .gather_keys import Gatherer
+from .insert_priors import SitePrior, logarithm_of
+from .new_tensors import leading, put_tensor, read_tensor
+from .skip_blocks import Skipping, choose_skipping
+from .split_projections import split_projections
+from .unweighted import MAPS, Unweighted, follow_prior
+
+_aten = torch.ops.aten
+
+
+class PrunedSite(NamedTuple):
+    """What was done with a site, and the buffers that were made for it, used or not."""
+
+    record: SitePruning
+    buffers: tuple[str, ...]
+
+
+def scores_like(scores: torch.Tensor, like: fx.Node) -> torch.Tensor:
+    """Scores, (heads or 1, queries, keys), with the heads of what a prior adds to them."""
+    value = like.meta["val"]
+    return (scores[0] if value.dim() == 2 else scores.expand(len(value), *scores.shape[1:])).clone()
+
+
+class SitePruner:
+    """The pruning of one site in a program that the caller owns."""
+
+    def __init__(self, program: Program, prior: SitePrior, kept: Kept) -> None:
+        self._program, self._prior, self._kept = program, prior, kept
+        self._left = kept.scores[..., kept.keys]
+        self._cuts_keys = not bool(kept.keys.all())
+        self._device = get_attribute(program.module, prior.parameter).device
+        self._buffers: list[str] = []
+        self._flow = Flow(program)
+        self._gatherer: Gatherer | None = None
+        self._work: list[sympy.Expr] = []
+
+    def prune(self, lowering: str) -> PrunedSite:
+        """Take the prior out, and what it cuts."""
+        logarithm = logarithm_of(self._program, self._prior)
+        if self._cuts_keys:
+            split_projections(self._program, self._operands(logarithm))
+            self._flow = Flow(self._program)
+            self._gatherer = Gatherer(self._program, self._flow, self._index(logarithm))
+        found = follow_prior(*self._leading(logarithm), causal=self._prior.causal)
+        skipping = choose_skipping(self._prior, self._kept, lowering, self._fused(found), self._device)
+        for reader in [node for node in self._program.graph.nodes if node not in found]:
+            for operand in [operand for operand in reader.all_input_nodes if operand in found]:
+                if reader.target in MAPS:
+                    self._map(reader, found[operand], skipping)
+                elif reader.op != "output" and reader.target is not _aten.sym_size.int:
+                    self._scores(reader, operand, found[operand])
+        return PrunedSite(self._record(skipping), tuple(self._buffers))
+
+    def _operands(self, logarithm: fx.Node) -> list[fx.Node]:
+        """The keys and values of the fused attentions that the prior reaches; of others, what their maps meet."""
+        found = follow_prior(logarithm, logarithm, causal=False)
+        operands: list[fx.Node] = []
+        for node in self._program.graph.nodes:
+            if node not in found and any(operand in found for operand in node.all_input_nodes):
+                if node.target in MAPS:
+                    operands += node.args[1:3] if node.target is OPERATOR else node.args[1:2]
+                if node.target is not OPERATOR:
+                    dim = _softmax_dim(node)
+                    contexts = [] if dim is None else find_contexts(node, dim, self._flow)
+                    operands += [] if isinstance(contexts, str) else [context.values for context in contexts]
+        return [operand for operand in operands if isinstance(operand, fx.Node)]
+
+    def _index(self, logarithm: fx.Node) -> fx.Node:
+        """A node with the indices of the keys that are left; of those that a shorter input has not, the last one's.
+
+        What is gathered in their place is hidden: no query sees a key behind it.
+        """
+        first = next(node for node in self._program.graph.nodes if node.op not in ("placeholder", "get_attr"))
+        path = self._buffer("kept_keys", self._kept.keys.nonzero().flatten())
+        index = read_tensor(self._program, path, first)
+        lengths = [node for node in _slices(logarithm) if _is_last(node)]
+        if not lengths:
+            return index
+        symbol = lengths[-1].meta["val"].shape[-1].node.expr
+        for node in self._program.graph.find_nodes(op="placeholder"):
+            for dim, size in enumerate(sizes(node)):
+                if size == symbol:
+                    with self._program.graph.inserting_before(first):
+                        length = call(self._program.graph, _aten.sym_size.int, (node, dim), {}, like=first)
+                        last = call(self._program.graph, operator.sub, (length, 1), {}, like=first)
+                        return call(self._program.graph, _aten.clamp.default, (index, None, last), {}, like=first)
+        raise AssertionError(f"no input has the length {symbol}")
+
+    def _buffer(self, name: str, value: torch.Tensor) -> str:
+        path = free_path(self._program.module, self._prior.parameter.rpartition(".")[0], name)
+        put_tensor(self._program, path, value.to(self._device))
+        self._buffers.append(path)
+        return path
+
+    def _leading(self, logarithm: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What the prior adds at the length of a call, and where its scores are kept."""
+        name = "kept_scores" if self._gatherer is None else "kept_scores_of_all_keys"
+        whole = self._buffer(name, scores_like(self._kept.scores, logarithm))
+        kept = read_tensor(self._program, whole, logarithm)
+        columns = None
+        if self._gatherer is not None:
+            columns = read_tensor(
+                self._program, self._buffer("kept_scores", scores_like(self._left, logarithm)), logarithm
+            )
+        for node in _slices(logarithm):
+            dim, length = node.args[1], node.args[3]
+            assert isinstance(dim, int)
+            assert isinstance(length, fx.Node)
+            with inserting_before(node) as insert:
+                kept = leading(insert, kept, dim, length)
+                if columns is not None and not _is_last(node):
+                    columns = leading(insert, columns, dim, length)
+            logarithm = node
+        if self._gatherer is not None and columns is not None:
+            self._gatherer.known(kept, -1, columns)
+        return logarithm, kept
+
+    def _hides(self, mask: Unweighted) -> bool:
+        """Whether a score that would be computed is hidden, by more than the other masks of the model."""
+        if mask.triangle:
+            return not bool(self._left.all())
+        return not bool((self._left == self._prior.admissible[:, self._kept.keys]).all())
+
+    def _is_causal(self, mask: Unweighted) -> bool:
+        """Whether nothing is hidden but what a causal mask hides."""
+        plain = mask.rest is None and not mask.hidden and mask.triangle and not self._cuts_keys
+        return plain and bool((self._left == self._prior.admissible).all())
+
+    def _fused(self, found: dict[fx.Node, Unweighted]) -> list[Fused]:
+        """The fused attentions that the prior reaches; none where it also reaches others."""
+        readers = [user for node in found for user in node.users if user not in found and user.op != "output"]
+        return [Fused.of(node) for node in readers] if all(is_call(node, OPERATOR) for node in readers) else []
+
+    def _map(self, node: fx.Node, mask: Unweighted, skipping: Skipping | None) -> None:
+        """A map that has its mask as an argument."""
+        with inserting_before(node) as insert:
+            is_causal = self._is_causal(mask)
+            shown = None if is_causal else mask.mask(insert, with_kept=self._hides(mask) and skipping is None)
+            query, key = node.args[:2]
+            assert isinstance(query, fx.Node)
+            assert isinstance(key, fx.Node)
+            if self._gatherer is not None:
+                key = self._gatherer.gather(key, -2)
+                if shown is not None and sizes(shown)[-1] != 1:
+                    shown = self._gatherer.gather(shown, -1)
+            if node.target is attention_map:
+                self._count(query, sizes(query)[-1])
+                made = insert(attention_map, query, key, shown, is_causal, *node.args[4:], **node.kwargs)
+                self._contexts(node, made, -1)
+                if self._gatherer is None:
+                    take_place(made, node)
+                return
+            fused = Fused.of(node)
+            value = fused.value if self._gatherer is None else self._gatherer.gather(fused.value, -2)
+            self._count(query, sizes(query)[-1] + sizes(value)[-1])
+            operands = (query, key, value, shown, fused.dropout_p)
+            if skipping is not None:
+                made = skipping.attend(self._program, node, operands, fused, self._buffer)
+            else:
+                options = {"scale": fused.scale, "enable_gqa": fused.enable_gqa}
+                made = insert(OPERATOR, *operands, is_causal, **options)
+        take_place(made, node)
+
+    def _scores(self, reader: fx.Node, operand: fx.Node, scores: Unweighted) -> None:
+        """Scores that the model normalises itself."""
+        with inserting_before(reader) as insert:
+            masked = scores.mask(insert, with_kept=self._cuts_keys or self._hides(scores))
+            assert masked is not None
+        reader.replace_input_with(operand, masked)
+        dim = _softmax_dim(reader)
+        if not self._work:
+            self._count(reader, self._prior.width)
+        if self._gatherer is None or dim is None:
+            return
+        with inserting_before(reader.next) as insert:
+            args, kwargs = fx.node.map_arg(
+                (reader.args, reader.kwargs),
+                lambda a: self._gatherer.gather(masked, dim) if a is masked else a,  # type: ignore[union-attr]
+            )
+            made = insert(reader.target, *args, **kwargs)
+        self._contexts(reader, made, dim)
+
+    def _contexts(self, node: fx.Node, made: fx.Node, dim: int) -> None:
+        """Products of a map with values, over the keys that are left."""
+        contexts = find_contexts(node, dim % len(sizes(node)), Flow(self._program))
+        assert not isinstance(contexts, str), contexts
+        if node.target is attention_map:
+            self._work += [self._batch(node, 2) * context.value_dim for context in contexts]
+        if self._gatherer is None:
+            return
+        self._gatherer.known(node, dim, made)
+        for context in contexts:
+            take_place(self._gatherer.contract(context.node), context.node)
+
+    def _count(self, node: fx.Node, width: object) -> None:
+        """What a score costs: in one attention whose query, or scores, a node is."""
+        self._work.append(self._batch(node, 2) * sympy.sympify(width))
+
+    def _batch(self, node: fx.Node, last: int) -> sympy.Expr:
+        return sympy.sympify(product(sizes(node)[:-last])) / self._prior.heads
+
+    def _record(self, skipping: Skipping | None) -> SitePruning:
+        prior, heads = self._prior, self._prior.heads
+        times = heads if len(self._left) == 1 else 1
+        kept = int(self._left.sum()) * times
+        left = int(prior.admissible[:, self._kept.keys].sum()) * heads
+        computed = heads * self._left[0].numel() if skipping is None else skipping.pairs
+        return SitePruning(
+            site=prior.site,
+            stack=prior.stack,
+            layer=prior.layer,
+            heads=heads,
+            queries=prior.admissible.shape[0],
+            keys=prior.admissible.shape[1],
+            keys_kept=int(self._kept.keys.sum()),
+            scores=int(prior.admissible.sum()) * heads,
+            scores_kept=kept,
+            computed=computed,
+            unskipped=left - kept if skipping is None else 0,
+            work=sympy.Add(*self._work),
+            lowering="mask" if skipping is None else skipping.lowering,
+            reason=_reason(self._cuts_keys, left > kept) if skipping is None else skipping.reason,
+        )
+
+
+def _slices(logarithm: fx.Node) -> list[fx.Node]:
+    """The nodes that take the leading part of what a prior adds."""
+    found = [logarithm]
+    while len(found[-1].users) == 1 and is_call(next(iter(found[-1].users)), _aten.slice.Tensor):
+        found.append(next(iter(found[-1].users)))
+    return found[1:]
+
+
+def _is_last(node: fx.Node) -> bool:
+    return bool(node.args[1] == -1)
+
+
+def _softmax_dim(node: fx.Node) -> int | None:
+    """The dimension that a softmax, or the operator of a map, normalises over."""
+    if node.target is attention_map:
+        return len(sizes(node)) - 1
+    return arguments(node)["dim"] % len(sizes(node)) if packet(node) in SOFTMAX else None
+
+
+def _reason(cuts_keys: bool, hides: bool) -> str:
+    keys = "keys are gathered before they are projected" if cuts_keys else "all keys are left"
+    return f"{keys}; single scores are hidden by a mask" if hides else f"{keys}, and all their scores"
