@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import map_workspace
+from ..map_workspace import IDLE_BLOCKS, SMALLEST
 
 _ATEN = torch.ops.aten
 # Of the fused attention on a CPU: from how many queries on it takes how many at a time, and how many keys.
@@ -136,7 +136,7 @@ class _Liveness(TorchDispatchMode):
         if key in self._known:
             return
         self._known.add(key)
-        if workspace and size >= _Workspace.SMALLEST:
+        if workspace and size >= SMALLEST:
             weakref.finalize(storage, self._give_back, key, self._workspace.lend(size))
         else:
             self._held += size
@@ -153,9 +153,6 @@ class _Liveness(TorchDispatchMode):
 
 class _Workspace:
     """The blocks that attention maps are written into, as `fxreuse.map_workspace` keeps them."""
-
-    SMALLEST = map_workspace.SMALLEST
-    IDLE = map_workspace.IDLE_BLOCKS
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -174,8 +171,8 @@ class _Workspace:
     def take_back(self, block: int) -> None:
         """A map is not used any more."""
         self._idle.append(block)
-        self.bytes -= sum(self._idle[: -self.IDLE])
-        self._idle = self._idle[-self.IDLE :]
+        self.bytes -= sum(self._idle[: -IDLE_BLOCKS])
+        self._idle = self._idle[-IDLE_BLOCKS :]
 
 
 def temporary_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:

@@ -18,7 +18,8 @@ from typing import Any
 
 import fxreuse
 
-from . import cost_tables, demo, model_spec
+from . import demo, model_spec
+from .cost_tables import breakdown
 from .errors import FxReuseError
 from .inspection import inspect_model
 from .progress import Progress
@@ -93,7 +94,7 @@ def _report(options: argparse.Namespace) -> bool:
             found.plot(options.plot)
     print(text)
     if options.breakdown and not options.json:
-        print(f"\n{cost_tables.breakdown(found, 'github' if options.markdown else 'simple')}")
+        print(f"\n{breakdown(found, 'github' if options.markdown else 'simple')}")
     return True
 
 

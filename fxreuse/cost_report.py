@@ -13,12 +13,12 @@ from typing import Any
 
 import sympy
 
-from . import cost_tables
 from .attention import AttentionSite
 from .cost_model.device import Device
 from .cost_model.latency import Prediction, predict
 from .cost_model.parts import PARTS, Parts
 from .cost_model.summary import Numbers, Summary
+from .cost_tables import CONVENTION, length_text, render
 from .decoding import Decoding, decoding
 from .record import Record
 
@@ -186,10 +186,10 @@ class CostReport:
 
     def to_markdown(self) -> str:
         """The tables in Markdown."""
-        return cost_tables.render(self, "github")
+        return render(self, "github")
 
     def __str__(self) -> str:
-        return cost_tables.render(self, "simple")
+        return render(self, "simple")
 
     def to_json(self, indent: int | None = 2) -> str:
         """Everything, as JSON: formulas as text, and numbers at the sizes of the tables."""
@@ -197,8 +197,8 @@ class CostReport:
             "model": self.model,
             "plan": self.plan,
             "device": self.device.name,
-            "convention": " ".join(cost_tables.CONVENTION),
-            "relations": {name: cost_tables.length_text(length) for name, length in self.before.relations.items()},
+            "convention": " ".join(CONVENTION),
+            "relations": {name: length_text(length) for name, length in self.before.relations.items()},
             "before": _totals(self.before),
             "after": _totals(self.after),
             "sizes": [dict(numbers.sizes) for numbers, _ in self.numbers],
