@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import tables_cost
 import tables_latency
 import tables_measurements
 import tables_residual
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
+    "cost_model": tables_cost.TABLES,
     "measurements": tables_measurements.TABLES,
     "latency": tables_latency.TABLES,
     "residual": tables_residual.TABLES,
