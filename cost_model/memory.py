@@ -171,8 +171,8 @@ class _Workspace:
     def take_back(self, block: int) -> None:
         """A map is not used any more."""
         self._idle.append(block)
-        self.bytes -= sum(self._idle[: -IDLE_BLOCKS])
-        self._idle = self._idle[-IDLE_BLOCKS :]
+        self.bytes -= sum(self._idle[:-IDLE_BLOCKS])
+        self._idle = self._idle[-IDLE_BLOCKS:]
 
 
 def temporary_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:

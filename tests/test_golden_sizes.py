@@ -102,7 +102,9 @@ def test_conformer_layers(conformer):
     """The multiply-accumulates of a layer with relative positions, and of a follower with wider values."""
     model, program = conformer
     parts = Parts.of(program, find(program))
-    before, after = (summarise(p, parts=parts) for p in (program, apply_captured(model, program, "4x4 values=2").program))
+    before, after = (
+        summarise(p, parts=parts) for p in (program, apply_captured(model, program, "4x4 values=2").program)
+    )
     t, d = before.symbols["T"], 256
     full = 4 * d * t**2 + (25 * d**2 + 30 * d) * t - d**2
     follower = 2 * d * t**2 + (23 * d**2 + 31 * d) * t
