@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from .apply import rewrite
 from .cost_model.device import Device
@@ -19,7 +20,7 @@ from .errors import InputError
 from .find import find
 from .frontend import load_program
 from .guards import excludes_one_value
-from .inputs import bind
+from .inputs import Inputs, bind
 from .inputs import normalise as normalise_inputs
 from .plan import Plan
 from .program import Program
@@ -78,6 +79,7 @@ def report(
     parsed = None if plan is None else Plan.of(plan)
     if target is not None:
         model, example_inputs = captured_inputs(model, target, example_inputs)
+    given, example_inputs = example_inputs, _beside(model, example_inputs)
     program = _without_single_values(load_program(model, example_inputs))
     sites = find(program)
     parts = Parts.of(program, sites)
@@ -98,7 +100,7 @@ def report(
         parts=parts,
         sites=tuple(sites),
         record=record,
-        at=tuple(_at(before, _defaults(before, example_inputs) | dict(sizes or {}))),
+        at=tuple(_at(before, _defaults(before, given) | dict(sizes or {}))),
         device=where,
     )
     found.latency(before, "eager", found.at[0])  # which raises where the device lacks a dtype
@@ -112,6 +114,14 @@ def _device(model: torch.nn.Module | ExportedProgram, device: Device | torch.dev
     tensors = model.state_dict.values() if isinstance(model, ExportedProgram) else model.parameters()
     on = next((tensor.device for tensor in tensors), torch.device("cpu"))
     return Device.of(on) if on.type == "cuda" else Device.typical_cpu()
+
+
+def _beside(model: torch.nn.Module | ExportedProgram, example_inputs: Any) -> Any:
+    """The example inputs on the meta device, where the model is there."""
+    if isinstance(model, ExportedProgram) or not any(parameter.is_meta for parameter in model.parameters()):
+        return example_inputs
+    inputs = normalise_inputs(model, example_inputs)
+    return Inputs(*pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tuple(inputs)))
 
 
 def _without_single_values(program: Program) -> Program:
