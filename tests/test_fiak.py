@@ -433,3 +433,18 @@ def test_find_sees_the_sites_of_what_comes_out():
     assert [site.bias != "none" for site in find(load_program(weighed, x))] == [True]
     pruned = fxreuse.prune(weighed, keys=0.25)
     assert [str(site.map_shape[-1]) for site in find(load_program(pruned, x))] == ["9"]
+
+
+def test_beside_shared_weights_with_residuals():
+    model, x = build(Attention)
+    shared = fxreuse.apply(model, "residual k=2 r=4", x)
+    weighed = fxreuse.apply(model, "fiak | residual k=2 r=4", x)
+    assert_same(weighed(x), shared(x), EXACT)
+    weighed = with_random_priors(weighed)
+    assert_same(fxreuse.prune(weighed, scores=0, keys=0)(x), shared(x), EXACT)
+    pruned = fxreuse.prune(weighed, scores=0.5, keys=0.25)
+    masked = fxreuse.prune(weighed, scores=0.5, keys=0.25, final=False)
+    for prior in priors_of(masked):
+        prior.data.fill_(1.0)
+    assert_same(pruned(x), masked(x), EXACT)
+    assert [site.keys_kept for site in fxreuse.describe(pruned).pruned] == [9, 9]
