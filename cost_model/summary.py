@@ -140,7 +140,8 @@ class Summary:
         """The numbers at these sizes: ``at(B=1, T=512)``, or by input and dimension, ``at(input_ids_1=512)``.
 
         Where a length is derived from an input, as frames are from audio samples, the smallest input that gives it is
-        taken; ``.sizes`` of the result says which.
+        taken; ``.sizes`` of the result says which. An input with a batch of its own, as a mask that may be broadcast
+        has, gets ``B`` where nothing else is said.
 
         Raises:
             InputError: for a name that is unknown, a size that is missing or out of the captured range, or sizes that
@@ -183,6 +184,10 @@ class Summary:
         for name, length in self.relations.items():
             if length.free_symbols <= values.keys() and name in self.symbols:
                 values[self.symbols[name]] = int(length.xreplace(numbers))
+        batch = self.names.sizes.get("B")
+        for leading in (shape[0] for shape in self.names.inputs.values() if shape):
+            if batch in values and leading.is_Symbol:
+                values.setdefault(leading, values[batch])
         missing = [name for name, symbol in self.symbols.items() if symbol not in values]
         if missing:
             raise InputError(f"The size {missing[0]} is missing. The sizes are: {self._sizes_text()}.")

@@ -28,11 +28,11 @@ HEADS, WIDTH = 4, 4
 class Layer(nn.Module):
     """Attention with a residual; ``attend`` gets queries, keys, values (batch, heads, tokens, width) and the mask."""
 
-    def __init__(self, attend: Attend, kv_heads: int, value_width: int, dropout: float) -> None:
+    def __init__(self, attend: Attend, kv_heads: int, value_width: int, dropout: float, width: int) -> None:
         super().__init__()
         self.attend, self.kv_heads, self.dropout = attend, kv_heads, nn.Dropout(dropout)
-        self.q = nn.Linear(16, HEADS * WIDTH)
-        self.k = nn.Linear(16, kv_heads * WIDTH)
+        self.q = nn.Linear(16, HEADS * width)
+        self.k = nn.Linear(16, kv_heads * width)
         self.v = nn.Linear(16, kv_heads * value_width)
         self.o = nn.Linear(HEADS * value_width, 16)
 
@@ -50,10 +50,16 @@ class Layer(nn.Module):
 
 class Model(nn.Module):
     def __init__(
-        self, attend: Attend, kv_heads: int = HEADS, value_width: int = WIDTH, dropout: float = 0.0, layers: int = 4
+        self,
+        attend: Attend,
+        kv_heads: int = HEADS,
+        value_width: int = WIDTH,
+        dropout: float = 0.0,
+        layers: int = 4,
+        width: int = WIDTH,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(attend, kv_heads, value_width, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(attend, kv_heads, value_width, dropout, width) for _ in range(layers))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         for layer in self.layers:
