@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import sympy
 import torch
@@ -38,6 +39,10 @@ class Numbers:
     bytes_training: int
     sizes: Mapping[str, int]
     _peak: Callable[[bool], int] = dataclasses.field(repr=False, compare=False)
+
+    def counts(self) -> dict[str, Any]:
+        """The counts by name, and ``sizes``: all but the peaks, which take a run with fake tensors to find."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "_peak"}
 
     @functools.cached_property
     def peak_bytes(self) -> int:
