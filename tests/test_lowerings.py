@@ -265,9 +265,30 @@ def test_a_soft_cap_can_be_stored_but_not_recomputed() -> None:
     assert [text for text in ("layers.0", "tanh", "lowering=materialize") if text not in said] == []
 
 
+@pytest.mark.parametrize("fills", [(-1e9, -1e4), (-1e9, -1e9)])
+def test_scores_replaced_by_two_numbers_are_not_recomputed(fills: tuple[float, float]) -> None:
+    """Where all keys are hidden, those of the larger number are seen; two equal numbers are one mask."""
+
+    def masked_twice(q: torch.Tensor, k: torch.Tensor, mask: Any) -> torch.Tensor:
+        rows, columns = mask[..., :1, :], mask[..., :1, :].transpose(-1, -2)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~rows, fills[0])
+        return scores.masked_fill(~columns, fills[1])
+
+    model, given = randomise(Model(unfused(masked_twice), layers=2)).double(), inputs(padding)
+    program = load_program(model, given)
+    if fills[0] == fills[1]:
+        recomputed = apply_captured(model, program, "2x1 lowering=recompute")
+        torch.testing.assert_close(
+            call(recomputed, given), reference(model, *given, leaders=(0, 0)), rtol=1e-12, atol=1e-12
+        )
+    else:
+        with pytest.raises(fxreuse.UnsupportedError, match=r"replaced by -1e\+09 and by -1e\+04"):
+            apply_captured(model, program, "2x1 lowering=recompute")
+
+
 @pytest.mark.parametrize(("kind", "why"), [("fused", "CPU"), ("unfused", "CPU")])
 def test_the_choice_is_explained(kind: str, why: str) -> None:
-    attend = fused() if kind == "fused" else unfused(divided)
-    record = fxreuse.describe(fxreuse.apply(randomise(Model(attend, layers=2)), "2x*", torch.randn(3, 5, 16)))
+    model = randomise(Model(fused() if kind == "fused" else unfused(divided), value_width=64, layers=2, width=64))
+    record = fxreuse.describe(fxreuse.apply(model, "2x*", torch.randn(3, 5, 16)))
     assert {decision.lowering for decision in record.decisions} == {"materialize"}
     assert why in str(record)
