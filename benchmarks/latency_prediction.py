@@ -41,7 +41,7 @@ from models.conformer import Conformer  # noqa: E402
 from undisturbed import undisturbed  # noqa: E402
 
 LOWERINGS = ("materialize", "recompute")
-SECONDS = 25.0
+SECONDS = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
