@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import sympy
 import torch
@@ -38,21 +37,20 @@ class Numbers:
     bytes_moved: int
     bytes_training: int
     sizes: Mapping[str, int]
-    _peak: Callable[[bool], int] = dataclasses.field(repr=False, compare=False)
+    peak: dataclasses.InitVar[Callable[[bool], int]]
 
-    def counts(self) -> dict[str, Any]:
-        """The counts by name, and ``sizes``: all but the peaks, which take a run with fake tensors to find."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "_peak"}
+    def __post_init__(self, peak: Callable[[bool], int]) -> None:
+        object.__setattr__(self, "_peak", peak)
 
     @functools.cached_property
     def peak_bytes(self) -> int:
         """The peak activation memory of the forward pass on a CPU: see `memory.peak_bytes`."""
-        return self._peak(False)
+        return int(self.__dict__["_peak"](False))
 
     @functools.cached_property
     def peak_bytes_training(self) -> int:
         """The peak activation memory of forward and backward in training mode, gradients of parameters included."""
-        return self._peak(True)
+        return int(self.__dict__["_peak"](True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +143,7 @@ class Summary:
         """The numbers at these sizes: ``at(B=1, T=512)``, or by input and dimension, ``at(input_ids_1=512)``.
 
         Where a length is derived from an input, as frames are from audio samples, the smallest input that gives it is
-        taken; ``.sizes`` of the result says which. An input with a batch of its own, as a mask that may be broadcast
-        has, gets ``B`` where nothing else is said.
+        taken; ``.sizes`` of the result says which.
 
         Raises:
             InputError: for a name that is unknown, a size that is missing or out of the captured range, or sizes that
@@ -189,15 +186,21 @@ class Summary:
         for name, length in self.relations.items():
             if length.free_symbols <= values.keys() and name in self.symbols:
                 values[self.symbols[name]] = int(length.xreplace(numbers))
-        batch = self.names.sizes.get("B")
-        for leading in (shape[0] for shape in self.names.inputs.values() if shape):
-            if batch in values and leading.is_Symbol:
-                values.setdefault(leading, values[batch])
+        self._fill(values)
         missing = [name for name, symbol in self.symbols.items() if symbol not in values]
         if missing:
             raise InputError(f"The size {missing[0]} is missing. The sizes are: {self._sizes_text()}.")
         self.execution.check(self._shapes(values))
         return values
+
+    def _fill(self, values: dict[sympy.Symbol, int]) -> None:
+        """Sizes of inputs that no contraction depends on, such as the batch of a mask, are as ``B`` and ``T``."""
+        needed = self.macs.free_symbols | self.map_bytes.free_symbols
+        for shape in self.names.inputs.values():
+            for index, size in enumerate(shape):
+                like = self.symbols.get("T" if index else "B")
+                if size.is_Symbol and size not in needed and like in values:
+                    values.setdefault(size, values[like])
 
     def _shapes(self, values: Mapping[sympy.Symbol, int]) -> dict[str, tuple[int, ...]]:
         numbers = {symbol: sympy.Integer(size) for symbol, size in values.items()}
@@ -211,7 +214,7 @@ class Summary:
         return Numbers(
             params=self.params,
             sizes={name: values[symbol] for name, symbol in self.symbols.items()} | self._derived(numbers),
-            _peak=functools.partial(self.execution.peak_bytes, self._shapes(values)),
+            peak=functools.partial(self.execution.peak_bytes, self._shapes(values)),
             **{name: int(getattr(self, name).xreplace(numbers)) for name in names},
         )
 

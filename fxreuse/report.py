@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch.utils import _pytree as pytree
 
 from .apply import rewrite
 from .cost_model.device import Device
+from .cost_model.execution import without_single_values
 from .cost_model.parts import Parts
 from .cost_model.summary import Summary, summarise
 from .cost_report import CostReport
 from .errors import InputError
 from .find import find
 from .frontend import load_program
-from .guards import excludes_one_value
 from .inputs import Inputs, bind
 from .inputs import normalise as normalise_inputs
 from .plan import Plan
@@ -80,7 +79,7 @@ def report(
     if target is not None:
         model, example_inputs = captured_inputs(model, target, example_inputs)
     given, example_inputs = example_inputs, _beside(model, example_inputs)
-    program = _without_single_values(load_program(model, example_inputs))
+    program = without_single_values(load_program(model, example_inputs))
     sites = find(program)
     parts = Parts.of(program, sites)
     shapes = _example(model, program, example_inputs)
@@ -122,16 +121,6 @@ def _beside(model: torch.nn.Module | ExportedProgram, example_inputs: Any) -> An
         return example_inputs
     inputs = normalise_inputs(model, example_inputs)
     return Inputs(*pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tuple(inputs)))
-
-
-def _without_single_values(program: Program) -> Program:
-    """Without the guards that exclude one value, such as a batch of 1, where there are no weights to try it with.
-
-    A model that branches on one value does the same work there, or less; what it costs is counted as elsewhere.
-    """
-    if not any(parameter.is_meta for parameter in program.module.parameters()):
-        return program
-    return dataclasses.replace(program, guards=tuple(g for g in program.guards if not excludes_one_value(g)))
 
 
 def _example(
