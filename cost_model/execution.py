@@ -11,10 +11,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..capture import caches_off
-from ..guards import checker, excludes_one_value
+from ..frontend.capture import caches_off
+from ..frontend.guards import checker, excludes_one_value
+from ..frontend.untouched import untouched
 from ..program import Leaf, Program
-from ..untouched import untouched
 from .memory import peak_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -251,7 +251,7 @@ def summarise(
         UnsupportedError: for an operator or a module whose work is not known.
 
     >>> import torch
-    >>> from fxreuse.frontend import load_program
+    >>> from fxreuse.frontend.load import load_program
     >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     >>> summary = summarise(load_program(layer, torch.ones(3, 5, 8)))
     >>> summary.params, summary.macs, summary.map_bytes

@@ -15,15 +15,15 @@ from .cost_model.device import Device
 from .cost_model.execution import without_single_values
 from .cost_model.parts import Parts
 from .cost_model.summary import Summary, summarise
-from .cost_report import CostReport
 from .errors import InputError
-from .find import find
-from .frontend import load_program
-from .inputs import Inputs, bind
-from .inputs import normalise as normalise_inputs
-from .plan import Plan
+from .finding.find import find
+from .frontend.inputs import Inputs, bind
+from .frontend.inputs import normalise as normalise_inputs
+from .frontend.load import load_program
+from .frontend.target import captured_inputs
+from .plans.plan import Plan
 from .program import Program
-from .target import captured_inputs
+from .reports.cost_report import CostReport
 
 #: The lengths that a report shows where none are asked for, as far as the model takes them.
 LENGTHS = (128, 256, 512, 1024, 2048)

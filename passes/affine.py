@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxreuse.addends import constant
 from fxreuse.attention import AttentionSite
-from fxreuse.axes import Layout, Part, sizes, start
 from fxreuse.errors import UnsupportedError
-from fxreuse.flow import Flow
-from fxreuse.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
+from fxreuse.finding.addends import constant
+from fxreuse.finding.axes import Layout, Part, sizes, start
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
+from fxreuse.finding.scores import Scores, find_scores
+from fxreuse.finding.softmaxes import softmax_of
 from fxreuse.program import source_line
-from fxreuse.scores import Scores, find_scores
-from fxreuse.softmaxes import softmax_of
 
 from .arrange import Term, without_ones
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxreuse.find import find
+from fxreuse.finding.find import find
 from fxreuse.passes.reuse import reuse
 
 from .attention_forms import HEADS, LOWEST, Form, Layer, Model, heads, joined

@@ -16,8 +16,8 @@ from fxreuse.attention import AttentionSite
 from fxreuse.cost_model.attention_time import SharedMap
 from fxreuse.cost_model.device import Rate
 from fxreuse.cost_model.presets import SERVER_CPU
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
 
 from .test_lowerings import Attend, Model, capped, divided, fused, inputs, unfused

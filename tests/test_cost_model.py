@@ -23,7 +23,7 @@ from fxreuse.cost_model import Summary, count, formula, macs_of, summarise
 from fxreuse.cost_model.einsum import einsum_macs
 from fxreuse.cost_model.solve import solve
 from fxreuse.errors import InputError, UnsupportedError
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
 
 from .architectures import Case

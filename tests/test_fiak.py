@@ -15,9 +15,9 @@ from torch import nn
 import fxreuse
 from fxreuse import PlanError, UnsupportedError
 from fxreuse.cost_model import summarise
-from fxreuse.find import find
-from fxreuse.frontend import load_program
-from fxreuse.priors import log_prior
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
+from fxreuse.priors.priors import log_prior
 
 from .fiak_models import (
     DIM,
@@ -71,7 +71,7 @@ def reference(model: Layers, extras: list[torch.Tensor], x: torch.Tensor) -> tor
 
 def cut(pruned: nn.Module, model: Layers, weighed: nn.Module, **fractions: float) -> list[torch.Tensor]:
     """What the pruning hides of every layer, as numbers added to its scores; chosen anew, from the priors."""
-    from fxreuse.selection import select
+    from fxreuse.priors.selection import select
 
     extras = []
     for prior, attention in zip(priors_of(weighed), model.attentions, strict=True):

@@ -16,10 +16,10 @@ from benchmarks.papers import UTTERANCES
 from fxreuse.cost_model import summarise
 from fxreuse.cost_model.parts import Parts
 from fxreuse.cost_model.presets import SERVER_CPU
-from fxreuse.cost_report import CostReport
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
+from fxreuse.reports.cost_report import CostReport
 
 from .handwritten import exported
 from .running import apply_captured

@@ -22,8 +22,8 @@ from fxreuse.cost_model.latency import Prediction, predict, predict_latency
 from fxreuse.cost_model.presets import PRESETS, SERVER_CPU
 from fxreuse.cost_model.residency import Residency
 from fxreuse.cost_model.summary import Summary, summarise
-from fxreuse.frontend import load_program
-from fxreuse.rewritten import Rewritten
+from fxreuse.emission.rewritten import Rewritten
+from fxreuse.frontend.load import load_program
 
 MIB = 2**20
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxreuse
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.modules import DropoutProbability
 from fxreuse.program import Program
 

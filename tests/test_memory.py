@@ -11,9 +11,9 @@ from models.hubert_student import Layer
 from torch.nn import functional
 
 import fxreuse
+from fxreuse.checking.measure import peak_memory
 from fxreuse.cost_model.memory import peak_bytes
 from fxreuse.map_workspace import release_workspaces
-from fxreuse.measure import peak_memory
 
 LENGTH = 300  # the maps of four heads take more than a MiB, so that they are in kept storage
 

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxreuse
-from fxreuse import cost_tables
-from fxreuse.cli import main
+from fxreuse.command.cli import main
 from fxreuse.cost_model import Device
-from fxreuse.cost_report import CostReport
 from fxreuse.errors import InputError
+from fxreuse.reports import cost_tables
+from fxreuse.reports.cost_report import CostReport
 
 # The module: its name in the package is that of the function.
 report_module = importlib.import_module("fxreuse.report")
