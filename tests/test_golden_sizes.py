@@ -77,7 +77,7 @@ def students() -> dict[tuple[int, int], Captured]:
 @pytest.mark.parametrize(("dim", "width", "plan", "parameters", "wider", "macs"), ARMHUBERT)
 def test_armhubert(students, dim, width, plan, parameters, wider, macs):
     model, program = students[dim, width]
-    small = apply_captured(model, program, plan)
+    small = apply_captured(model, program, f"{plan} lowering=materialize")
     record = fxreuse.describe(small)
     assert count(small) == parameters
     assert count(model) - record.parameters_removed + record.parameters_added == parameters
