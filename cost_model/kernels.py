@@ -106,7 +106,8 @@ def _product(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kernel]:
 
 
 def _convolution(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kernel]:
-    source, weight, result = operation.shapes[0], operation.shapes[1], operation.shapes[-1]
+    source, *parameters, result = operation.shapes
+    weight = max(parameters, key=len)
     groups = max(1, at(source[1]) // max(1, at(weight[1])))
     channels = at(result[1])
     positions = math.prod(map(at, result)) // max(1, channels)
@@ -215,10 +216,8 @@ def _of_elements(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kern
 
 def _call(operation: Operation) -> str:
     """The kind of call that an operator which is no product is."""
-    if operation.step.leaf is None:
+    if operation.step.leaf is None or operation.kind != "normalisation":
         return "element"
-    if operation.kind != "normalisation":
-        return "module"
     return "batch norm" if _MODULES.get(type(operation.step.leaf)) == "batch_norm" else "norm"
 
 

@@ -19,11 +19,13 @@ from fxreuse.cost_model.fit import fit_times
 from fxreuse.cost_model.fusion import fuse
 from fxreuse.cost_model.kernels import Kernel, kernels_of
 from fxreuse.cost_model.latency import Prediction, predict, predict_latency
+from fxreuse.cost_model.operations import operations
 from fxreuse.cost_model.presets import PRESETS, SERVER_CPU
 from fxreuse.cost_model.residency import Residency
 from fxreuse.cost_model.summary import Summary, summarise
 from fxreuse.emission.rewritten import Rewritten
 from fxreuse.frontend.load import load_program
+from fxreuse.passes.fold_modules import fold_modules
 
 MIB = 2**20
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -261,6 +263,20 @@ def test_a_convolution_is_parted_by_its_groups(summaries: dict[str, Summary]) ->
     *before, made = kernels_of(one, lambda size: int(size.xreplace(values)))
     assert (made.family, made.product) == ("depthwise", (32, 150, 1, 3))
     assert [copied.family for copied in before] == ["strided"]  # the transposed input is copied first
+
+
+def test_the_weight_of_a_convolution_is_told_from_its_bias() -> None:
+    """A module from which a parametrisation was removed has its bias before its weight."""
+    convolution = nn.Conv1d(4, 6, 3)
+    weight = convolution.weight
+    del convolution.weight
+    convolution.weight = weight
+    program = fold_modules(load_program(nn.Sequential(convolution).eval(), torch.randn(2, 4, 9)))
+    (one,) = (operation for operation in operations(program) if operation.kind == "convolution")
+    assert one.step.leaf is not None
+    (made,) = kernels_of(one, lambda size: int(size.xreplace(dict.fromkeys(size.free_symbols, 9))))
+    assert made.product is not None
+    assert made.product[::3] == (1, 12)
 
 
 def test_a_causal_attention_leaves_out_whole_blocks() -> None:
