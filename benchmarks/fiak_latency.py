@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxreuse
-from fxreuse.block_attention import flex_attention_over_blocks, gathered_attention, visible_of
 from fxreuse.cost_model import summarise
-from fxreuse.frontend import load_program
-from fxreuse.pruning import unskipped_macs
-from fxreuse.selection import block_sums, select
+from fxreuse.frontend.load import load_program
+from fxreuse.priors.block_attention import flex_attention_over_blocks, gathered_attention, visible_of
+from fxreuse.priors.pruning import unskipped_macs
+from fxreuse.priors.selection import block_sums, select
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"

@@ -29,12 +29,12 @@ import fxreuse
 from fxreuse import map_workspace
 from fxreuse.apply import rewrite
 from fxreuse.attention import AttentionSites
-from fxreuse.capture import caches_off
 from fxreuse.cost_model import Summary, summarise
-from fxreuse.find import find
-from fxreuse.frontend import load_program
-from fxreuse.inputs import normalise
-from fxreuse.plan import Plan
+from fxreuse.finding.find import find
+from fxreuse.frontend.capture import caches_off
+from fxreuse.frontend.inputs import normalise
+from fxreuse.frontend.load import load_program
+from fxreuse.plans.plan import Plan
 from fxreuse.program import Program
 
 from .coverage.check import plan_of

@@ -18,7 +18,7 @@ import torch
 import transformers as tf
 
 import fxreuse
-from fxreuse.measure import interleaved
+from fxreuse.checking.measure import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "identity.json"
 WIDE = {"num_hidden_layers": 4}

@@ -30,7 +30,7 @@ import fxreuse
 from fxreuse.cost_model import calibrate
 from fxreuse.cost_model.latency import predict_latency
 from fxreuse.cost_model.summary import summarise
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "latency_prediction.json"

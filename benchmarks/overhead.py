@@ -26,8 +26,8 @@ import transformers as tf
 from torch.export import Dim
 
 import fxreuse
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 ROUNDS = 7

@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 import fxreuse
 from fxreuse.cost_model import Summary
-from fxreuse.cost_report import CostReport
+from fxreuse.reports.cost_report import CostReport
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "papers.md"

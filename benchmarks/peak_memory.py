@@ -17,11 +17,11 @@ import torch
 
 import fxreuse
 from fxreuse.apply import rewrite
+from fxreuse.checking.measure import peak_memory
 from fxreuse.cost_model.memory import peak_bytes
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.map_workspace import release_workspaces
-from fxreuse.measure import peak_memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "peak_memory.json"

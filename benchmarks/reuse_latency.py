@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxreuse
+from fxreuse.checking.measure import peak_memory
 from fxreuse.map_workspace import attention_map
-from fxreuse.measure import peak_memory
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"

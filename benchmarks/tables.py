@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import tables_cost
 import tables_fiak
 import tables_latency
 import tables_measurements
@@ -16,6 +17,7 @@ import tables_residual
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
+    "cost_model": tables_cost.TABLES,
     "measurements": tables_measurements.TABLES,
     "latency": tables_latency.TABLES,
     "residual": tables_residual.TABLES,

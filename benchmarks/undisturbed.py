@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fxreuse.measure import Timing
+from fxreuse.checking.measure import Timing
 
 SHORTEST = 0.1
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -16,7 +16,7 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")
 def undisturbed(
     functions: Mapping[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 30.0, share: float = 0.25
 ) -> tuple[dict[str, Timing], int]:
-    """Time functions against each other, as `fxreuse.measure.interleaved` does, where nothing else runs.
+    """Time functions against each other, as `fxreuse.checking.measure.interleaved` does, where nothing else runs.
 
     Arguments:
         functions: what to time, by name.

@@ -11,10 +11,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..capture import caches_off
-from ..guards import checker
+from ..frontend.capture import caches_off
+from ..frontend.guards import checker, excludes_one_value
+from ..frontend.untouched import untouched
 from ..program import Leaf, Program
-from ..untouched import untouched
 from .memory import peak_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -33,7 +33,7 @@ class Execution:
         Raises:
             InputError: naming the input, the dimension and the condition.
         """
-        check = checker(self.program.guards, self.program.call.leaves, self.program.name)
+        check = checker(without_single_values(self.program).guards, self.program.call.leaves, self.program.name)
         check(*self._tensors(shapes, "meta"))
 
     def peak_bytes(self, shapes: Shapes, training: bool) -> int:
@@ -72,6 +72,16 @@ class Execution:
             else:
                 given.arguments.setdefault(extra, {})[argument.name] = value
         return given.args, given.kwargs
+
+
+def without_single_values(program: Program) -> Program:
+    """Without the guards that exclude one value, such as a batch of 1, where there are no weights to try it with.
+
+    A model that branches on one value does the same work there, or less; what it costs is counted as elsewhere.
+    """
+    if not any(parameter.is_meta for parameter in program.module.parameters()):
+        return program
+    return dataclasses.replace(program, guards=tuple(g for g in program.guards if not excludes_one_value(g)))
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

@@ -100,7 +100,7 @@ def predict_latency(
             lacks.
 
     >>> from fxreuse.cost_model.summary import summarise
-    >>> from fxreuse.frontend import load_program
+    >>> from fxreuse.frontend.load import load_program
     >>> layer = torch.nn.TransformerEncoderLayer(64, 4, 256, batch_first=True)
     >>> summary = summarise(load_program(layer, torch.ones(2, 8, 64)))
     >>> short, long = (predict_latency(summary, "A100", {"B": 1, "T": length}) for length in (1024, 4096))

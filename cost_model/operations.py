@@ -125,7 +125,7 @@ def operations(program: Program, parts: Parts | None = None) -> list[Operation]:
     Raises:
         UnsupportedError: for an operator or a module whose work is not known.
 
-    >>> from fxreuse.frontend import load_program
+    >>> from fxreuse.frontend.load import load_program
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU())
     >>> for operation in operations(load_program(model, torch.ones(3, 8))):
     ...     print(operation.op, operation.module, operation.kind, [access.role for access in operation.reads])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sympy
 from torch import fx
 
-from ..block_attention import flex_attention_over_blocks, gathered_attention
-from ..priors import log_prior
+from ..priors.block_attention import flex_attention_over_blocks, gathered_attention
+from ..priors.priors import log_prior
 from .macs import formula
 from .sizes import product, shape
 

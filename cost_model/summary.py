@@ -37,17 +37,20 @@ class Numbers:
     bytes_moved: int
     bytes_training: int
     sizes: Mapping[str, int]
-    _peak: Callable[[bool], int] = dataclasses.field(repr=False, compare=False)
+    peak: dataclasses.InitVar[Callable[[bool], int]]
+
+    def __post_init__(self, peak: Callable[[bool], int]) -> None:
+        object.__setattr__(self, "_peak", peak)
 
     @functools.cached_property
     def peak_bytes(self) -> int:
         """The peak activation memory of the forward pass on a CPU: see `memory.peak_bytes`."""
-        return self._peak(False)
+        return int(self.__dict__["_peak"](False))
 
     @functools.cached_property
     def peak_bytes_training(self) -> int:
         """The peak activation memory of forward and backward in training mode, gradients of parameters included."""
-        return self._peak(True)
+        return int(self.__dict__["_peak"](True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +186,21 @@ class Summary:
         for name, length in self.relations.items():
             if length.free_symbols <= values.keys() and name in self.symbols:
                 values[self.symbols[name]] = int(length.xreplace(numbers))
+        self._fill(values)
         missing = [name for name, symbol in self.symbols.items() if symbol not in values]
         if missing:
             raise InputError(f"The size {missing[0]} is missing. The sizes are: {self._sizes_text()}.")
         self.execution.check(self._shapes(values))
         return values
+
+    def _fill(self, values: dict[sympy.Symbol, int]) -> None:
+        """Sizes of inputs that no contraction depends on, such as the batch of a mask, are as ``B`` and ``T``."""
+        needed = self.macs.free_symbols | self.map_bytes.free_symbols
+        for shape in self.names.inputs.values():
+            for index, size in enumerate(shape):
+                like = self.symbols.get("T" if index else "B")
+                if size.is_Symbol and size not in needed and like in values:
+                    values.setdefault(size, values[like])
 
     def _shapes(self, values: Mapping[sympy.Symbol, int]) -> dict[str, tuple[int, ...]]:
         numbers = {symbol: sympy.Integer(size) for symbol, size in values.items()}
@@ -201,7 +214,7 @@ class Summary:
         return Numbers(
             params=self.params,
             sizes={name: values[symbol] for name, symbol in self.symbols.items()} | self._derived(numbers),
-            _peak=functools.partial(self.execution.peak_bytes, self._shapes(values)),
+            peak=functools.partial(self.execution.peak_bytes, self._shapes(values)),
             **{name: int(getattr(self, name).xreplace(numbers)) for name in names},
         )
 
@@ -238,7 +251,7 @@ def summarise(
         UnsupportedError: for an operator or a module whose work is not known.
 
     >>> import torch
-    >>> from fxreuse.frontend import load_program
+    >>> from fxreuse.frontend.load import load_program
     >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     >>> summary = summarise(load_program(layer, torch.ones(3, 5, 8)))
     >>> summary.params, summary.macs, summary.map_bytes

@@ -7,16 +7,16 @@ what was found, `report` what a plan saves, `describe` what was done, `verify` w
 
 from .apply import apply, describe, find_attention
 from .attention import AttentionSite, AttentionSites
-from .cost_report import CostReport
+from .checking.verify import Verification, verify
 from .errors import CaptureError, FxReuseError, InputError, PlanError, UnsupportedError
+from .frontend.warn import TrainingWarning
 from .map_workspace import release_workspaces
-from .plan import Plan
+from .plans.plan import Plan
+from .priors.pruning import SitePruning
 from .prune import PruneStep, prune, prune_schedule
-from .pruning import SitePruning
 from .record import Decision, FitError, Note, Record, SharedMatrix
 from .report import report
-from .verify import Verification, verify
-from .warn import TrainingWarning
+from .reports.cost_report import CostReport
 
 __version__ = "0.1.0"
 

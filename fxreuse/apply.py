@@ -9,23 +9,23 @@ import torch
 from torch.export import ExportedProgram
 
 from .attention import AttentionSites
-from .blueprint import Blueprint
-from .emit import emit
+from .emission.emit import emit
+from .emission.rewritten import Rewritten
 from .errors import FxReuseError, PlanError, UnsupportedError
-from .find import find
-from .frontend import load_program
-from .inputs import check_model
+from .finding.find import find
+from .frontend.inputs import check_model
+from .frontend.leaves import example_leaves
+from .frontend.lengths import bound_lengths
+from .frontend.load import load_program
+from .frontend.target import captured_inputs, replace_submodule
+from .frontend.warn import warn_of_losses
 from .lay_plan import lay_plan
-from .leaves import example_leaves
-from .lengths import bound_lengths
 from .passes.fold_modules import fold_modules
-from .plan import Plan, Reuse
-from .plan_fiak import Fiak
+from .plans.plan import Plan, Reuse
+from .plans.plan_fiak import Fiak
+from .priors.blueprint import Blueprint
 from .program import Program
 from .record import Record
-from .rewritten import Rewritten
-from .target import captured_inputs, replace_submodule
-from .warn import warn_of_losses
 from .weigh import weigh, with_priors
 
 

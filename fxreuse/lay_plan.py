@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 import sympy
 
 from .attention import AttentionSites
-from .block import Block, find_block
 from .cost_model.count import count
 from .errors import PlanError
 from .passes.lay_reuse import lay_reuse
 from .passes.lay_weights import Leaves, Weights, add_to_shared, lay_residual, lay_share
 from .passes.weight_groups import groups_at, groups_that_share
-from .plan import Plan, Reuse
-from .plan_weights import Residual, Share
+from .plans.plan import Plan, Reuse
+from .plans.plan_weights import Residual, Share
+from .plans.stack_choice import choose_named_stack, choose_stack
 from .program import Program
 from .record import Decision, FitError, Note, Record, SharedMatrix
-from .stack_choice import choose_named_stack, choose_stack
+from .weights.block import Block, find_block
 
 
 def lay_plan(

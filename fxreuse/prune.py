@@ -7,20 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
-from .blueprint import Blueprint
-from .emit import emit
+from .emission.emit import emit
+from .emission.rewritten import Rewritten
 from .errors import FxReuseError
-from .inputs import check_model
+from .frontend.inputs import check_model
+from .frontend.target import replace_submodule
 from .passes.fold_modules import fold_modules
 from .passes.insert_priors import SitePrior
 from .passes.prune_priors import hide_scores, prune_priors
-from .plan_fiak import check_fiak_lowering, check_fractions, check_mixture
+from .plans.plan_fiak import check_fiak_lowering, check_fractions, check_mixture
+from .priors.blueprint import Blueprint
+from .priors.pruning import SitePruning
+from .priors.selection import Kept, select
 from .program import Program, get_attribute
-from .pruning import SitePruning
 from .record import Record
-from .rewritten import Rewritten
-from .selection import Kept, select
-from .target import replace_submodule
 
 
 def prune(

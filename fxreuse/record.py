@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
-from .pruning import SitePruning, pruning_table
+from .priors.pruning import SitePruning, pruning_table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from .apply import rewrite
 from .cost_model.device import Device
+from .cost_model.execution import without_single_values
 from .cost_model.parts import Parts
 from .cost_model.summary import Summary, summarise
-from .cost_report import CostReport
 from .errors import InputError
-from .find import find
-from .frontend import load_program
-from .guards import excludes_one_value
-from .inputs import bind
-from .inputs import normalise as normalise_inputs
-from .plan import Plan
+from .finding.find import find
+from .frontend.inputs import Inputs, bind
+from .frontend.inputs import normalise as normalise_inputs
+from .frontend.load import load_program
+from .frontend.target import captured_inputs
+from .plans.plan import Plan
 from .program import Program
-from .target import captured_inputs
+from .reports.cost_report import CostReport
 
 #: The lengths that a report shows where none are asked for, as far as the model takes them.
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -78,7 +78,8 @@ def report(
     parsed = None if plan is None else Plan.of(plan)
     if target is not None:
         model, example_inputs = captured_inputs(model, target, example_inputs)
-    program = _without_single_values(load_program(model, example_inputs))
+    given, example_inputs = example_inputs, _beside(model, example_inputs)
+    program = without_single_values(load_program(model, example_inputs))
     sites = find(program)
     parts = Parts.of(program, sites)
     shapes = _example(model, program, example_inputs)
@@ -98,7 +99,7 @@ def report(
         parts=parts,
         sites=tuple(sites),
         record=record,
-        at=tuple(_at(before, _defaults(before, example_inputs) | dict(sizes or {}))),
+        at=tuple(_at(before, _defaults(before, given) | dict(sizes or {}))),
         device=where,
     )
     found.latency(before, "eager", found.at[0])  # which raises where the device lacks a dtype
@@ -114,14 +115,12 @@ def _device(model: torch.nn.Module | ExportedProgram, device: Device | torch.dev
     return Device.of(on) if on.type == "cuda" else Device.typical_cpu()
 
 
-def _without_single_values(program: Program) -> Program:
-    """Without the guards that exclude one value, such as a batch of 1, where there are no weights to try it with.
-
-    A model that branches on one value does the same work there, or less; what it costs is counted as elsewhere.
-    """
-    if not any(parameter.is_meta for parameter in program.module.parameters()):
-        return program
-    return dataclasses.replace(program, guards=tuple(g for g in program.guards if not excludes_one_value(g)))
+def _beside(model: torch.nn.Module | ExportedProgram, example_inputs: Any) -> Any:
+    """The example inputs on the meta device, where the model is there."""
+    if isinstance(model, ExportedProgram) or not any(parameter.is_meta for parameter in model.parameters()):
+        return example_inputs
+    inputs = normalise_inputs(model, example_inputs)
+    return Inputs(*pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), tuple(inputs)))
 
 
 def _example(

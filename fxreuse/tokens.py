@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .axes import Layout, Part, Size
+from .finding.axes import Layout, Part, Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from .attention import AttentionSite, AttentionSites
 from .errors import PlanError
 from .passes.insert_priors import SitePrior, insert_priors
-from .plan import Plan, Reuse
-from .plan_fiak import Fiak
+from .plans.plan import Plan, Reuse
+from .plans.plan_fiak import Fiak
+from .plans.stack_choice import choose_stack, choose_stack_of_self_attention
 from .program import Program, get_attribute
 from .record import Decision, Record
-from .stack_choice import choose_stack, choose_stack_of_self_attention
 
 
 @dataclasses.dataclass(frozen=True)

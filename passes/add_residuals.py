@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxreuse.contractions import contraction
 from fxreuse.errors import UnsupportedError
+from fxreuse.finding.contractions import contraction
+from fxreuse.layouts.projections import Projection, hints
 from fxreuse.nodes import call
-from fxreuse.parts import contiguous, in_order
 from fxreuse.program import Program
-from fxreuse.projections import Projection, hints
 from fxreuse.tree import free_path
+from fxreuse.weights.parts import contiguous, in_order
 
 from .fit_residuals import Factors
 from .parameters import add_index, add_parameter

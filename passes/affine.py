@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxreuse.addends import constant
 from fxreuse.attention import AttentionSite
-from fxreuse.axes import Layout, Part, sizes, start
 from fxreuse.errors import UnsupportedError
-from fxreuse.flow import Flow
-from fxreuse.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
+from fxreuse.finding.addends import constant
+from fxreuse.finding.axes import Layout, Part, sizes, start
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.follow import SAME_VALUE, VIEWS, arguments, packet, transfer
+from fxreuse.finding.scores import Scores, find_scores
+from fxreuse.finding.softmaxes import softmax_of
 from fxreuse.program import source_line
-from fxreuse.scores import Scores, find_scores
-from fxreuse.softmaxes import softmax_of
 
 from .arrange import Term, without_ones
 
@@ -213,6 +213,7 @@ class _Reader:
             number = 1 / number if divides else number
             self._number *= number
             self._change(lambda a: dataclasses.replace(a, number=a.number * number))
+            self._selections = [dataclasses.replace(s, fill=s.fill * number) for s in self._selections]
             return
         factor = Factor(self._term(by), divides)
         self._factors.append(factor)
@@ -278,6 +279,9 @@ class _Reader:
         if not carried or number is None or not number <= HIDDEN:
             what = "another tensor" if number is None else str(number)
             raise self._refusal(node, f"it replaces scores by {what}, which does not rule them out")
+        finite = {s.fill for s in self._selections if s.fill != -math.inf} - {number}
+        if finite and number != -math.inf:
+            raise self._refusal(node, f"its scores are replaced by {finite.pop():.3g} and by {number:.3g}")
         self._selections.append(Selection(self._term(condition), hides, number))
 
     def mask_exponentials(self, softmax: fx.Node, mask: fx.Node, keeps: bool) -> None:

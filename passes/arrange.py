@@ -1,7 +1,7 @@
 """Bring the axes of a tensor into another order and grouping, by what the axes are and not by where they are.
 
 An attention may be written with any layout: heads in the batch, queries and keys swapped, heads in groups. Here a
-tensor is a `Term`: a node and, for every dimension, the axes that it consists of (`fxreuse.axes.Layout`).
+tensor is a `Term`: a node and, for every dimension, the axes that it consists of (`fxreuse.finding.axes.Layout`).
 `Arranger.arrange` makes the views that lead to another layout. Axes of size 1 are in no layout.
 """
 
@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from fxreuse.axes import Layout, Part, Size
+from fxreuse.finding.axes import Layout, Part, Size
 
 _aten = torch.ops.aten
 

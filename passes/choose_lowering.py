@@ -97,7 +97,9 @@ def _cheaper_on_cpu(
         )
     losses = [max(pair[which] / min(pair) for pair in times.values()) for which in (0, 1)]
     best = 0 if losses[0] <= losses[1] * _ALIKE else 1
-    shown = (f"{stored * 1e3:.2g} ms against {again * 1e3:.2g} at {n}" for n, (stored, again) in times.items())
+    shown = (
+        f"{_milliseconds(stored)} ms against {_milliseconds(again)} at {n}" for n, (stored, again) in times.items()
+    )
     costs = f"predicted for {device.name}, stored against computed again: {', '.join(shown)}"
     if losses[best] <= _ALIKE:
         reason = f"{_WAYS[best]} takes no longer at any length"
@@ -174,6 +176,11 @@ def _memory(device: torch.device) -> int | None:
     if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _milliseconds(seconds: float) -> str:
+    """Two digits at least: ``0.42``, ``5.9``, ``340``."""
+    return f"{1e3 * seconds:.2g}" if seconds < 0.01 else f"{1e3 * seconds:.0f}"
 
 
 def _readable(size: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxreuse.axes import sizes
+from fxreuse.finding.axes import sizes
 from fxreuse.nodes import argument, is_call, remove_dead, replace
 from fxreuse.program import Program
 

@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from fxreuse.attention import AttentionSite
-from fxreuse.axes import Layout, Part, sizes
-from fxreuse.contractions import Contraction, contraction
-from fxreuse.follow import arguments, packet, transfer
+from fxreuse.finding.axes import Layout, Part, sizes
+from fxreuse.finding.contractions import Contraction, contraction
+from fxreuse.finding.follow import arguments, packet, transfer
 from fxreuse.program import Program
 
 from .affine import COPIES, MOVES, PRODUCTS, QUOTIENTS, Factor, behind, refusal

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fxreuse.arrangement import Arrangement, Layer, arrange, fits
 from fxreuse.attention import AttentionSite
-from fxreuse.layout import indices_of, push
+from fxreuse.layouts.arrangement import Arrangement, Layer, arrange, fits
+from fxreuse.layouts.layout import indices_of, push
+from fxreuse.layouts.projections import Projection, hints, is_move, read_projection, resize, take_place
 from fxreuse.nodes import inserting_before, remove_dead
 from fxreuse.program import Program, get_attribute, module_stack
-from fxreuse.projections import Projection, hints, is_move, read_projection, resize, take_place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Kept:
 def cut_projections(program: Program, followers: Sequence[AttentionSite]) -> dict[str, int]:
     """Cut the fused projections of followers to the rows that are still read. Works on the program in place.
 
-    Which weight row feeds which channel is read off the graph, as `fxreuse.layout` does it: indices of tokens and rows
+    Which weight row feeds which channel is read off the graph, as `layout` does it: indices of tokens and rows
     are pushed through the views, permutations and splits behind the projection. Sound because a row that reaches no
     reader changes nothing, and because a layout that mixes tokens and rows is left alone. The name of the node that is
     laid out anew stays.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fxreuse.layouts.projections import Projection
 from fxreuse.program import Program, get_attribute
-from fxreuse.projections import Projection
 
 
 def fresh(program: Program, projection: Projection, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:

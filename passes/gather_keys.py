@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxreuse.axes import sizes, start
-from fxreuse.contractions import contraction
-from fxreuse.flow import Flow
-from fxreuse.follow import (
+from fxreuse.finding.axes import sizes, start
+from fxreuse.finding.contractions import contraction
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.follow import (
     EXPANDING,
     REGROUPING,
     SAME_VALUE,

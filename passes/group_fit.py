@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fxreuse.matrices import read_matrix, write_matrix
-from fxreuse.parts import Part
+from fxreuse.layouts.projections import set_parameter
 from fxreuse.program import Program, get_attribute
-from fxreuse.projections import set_parameter
+from fxreuse.weights.matrices import read_matrix, write_matrix
+from fxreuse.weights.parts import Part
 
 from .fit_residuals import Factors, fit_residuals, start_at_zero
 from .parameters import at_top

@@ -11,14 +11,14 @@ import torch
 from torch import fx
 
 from fxreuse.attention import AttentionSite
-from fxreuse.axes import Layout, Part, Size, product, quotient, regroup, sizes
-from fxreuse.contractions import contraction
 from fxreuse.errors import UnsupportedError
-from fxreuse.flow import FUSED, Flow
-from fxreuse.follow import SAME_VALUE, arguments, aten, is_elementwise, is_transparent_module, packet, transfer
-from fxreuse.heads import CHANNEL, channel_layout
+from fxreuse.finding.axes import Layout, Part, Size, product, quotient, regroup, sizes
+from fxreuse.finding.contractions import contraction
+from fxreuse.finding.flow import FUSED, Flow
+from fxreuse.finding.follow import SAME_VALUE, arguments, aten, is_elementwise, is_transparent_module, packet, transfer
+from fxreuse.finding.heads import CHANNEL, channel_layout
+from fxreuse.layouts.projections import value_readers
 from fxreuse.program import Program, get_attribute, module_path, module_stack, source_line
-from fxreuse.projections import value_readers
 
 #: Operators that make a tensor of given sizes.
 CREATIONS = frozenset({

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
-from fxreuse.follow import arguments, aten, packet
+from fxreuse.finding.follow import arguments, aten, packet
 from fxreuse.program import Program
 
 from .fused import Fused

@@ -12,11 +12,11 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fxreuse.axes import Part, sizes
-from fxreuse.follow import arguments, aten, packet
+from fxreuse.finding.axes import Part, sizes
+from fxreuse.finding.follow import arguments, aten, packet
+from fxreuse.layouts.projections import hint, set_parameter
 from fxreuse.nodes import evaluate, inserting_before
 from fxreuse.program import Program, get_attribute
-from fxreuse.projections import hint, set_parameter
 
 from .head_labels import Labels, Tag
 

@@ -10,17 +10,17 @@ import sympy
 import torch
 from torch import fx
 
-from fxreuse.admissible import admissible_pairs
 from fxreuse.attention import AttentionSite
-from fxreuse.axes import Layout, Part
 from fxreuse.errors import UnsupportedError
-from fxreuse.flow import Flow
-from fxreuse.lengths import length_bounds
+from fxreuse.finding.axes import Layout, Part
+from fxreuse.finding.flow import Flow
+from fxreuse.frontend.lengths import length_bounds
+from fxreuse.layouts.projections import take_place
 from fxreuse.nodes import inserting_before
-from fxreuse.plan_fiak import Fiak
-from fxreuse.priors import initial_prior, log_prior
+from fxreuse.plans.plan_fiak import Fiak
+from fxreuse.priors.admissible import admissible_pairs
+from fxreuse.priors.priors import initial_prior, log_prior
 from fxreuse.program import Program
-from fxreuse.projections import take_place
 from fxreuse.tree import free_path
 
 from .arrange import Arranger, Insert, Term, UnclearAxes

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from fxreuse.attention import AttentionSite
-from fxreuse.feed_forward import find_feed_forward
-from fxreuse.find import find
-from fxreuse.plan import Reuse as Step
-from fxreuse.plan_options import DTYPES, Match
+from fxreuse.finding.find import find
+from fxreuse.layouts.feed_forward import find_feed_forward
+from fxreuse.plans.plan import Reuse as Step
+from fxreuse.plans.plan_options import DTYPES, Match
 from fxreuse.program import Program
 
 from .decisions import with_added

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fxreuse.block import Block
 from fxreuse.errors import PlanError
-from fxreuse.parts import Part, contiguous
-from fxreuse.plan_weights import Residual, Share
+from fxreuse.plans.plan_weights import Residual, Share
 from fxreuse.program import Program, get_attribute
 from fxreuse.record import FitError, Note, SharedMatrix
 from fxreuse.tree import drop, reads
+from fxreuse.weights.block import Block
+from fxreuse.weights.parts import Part, contiguous
 
 from .add_residuals import add_residual, choose_lowering
 from .fit_error import fit_error

@@ -12,9 +12,9 @@ from torch import fx
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
-from fxreuse.flow import Flow
+from fxreuse.finding.flow import Flow
 from fxreuse.map_workspace import attention_map
-from fxreuse.mask_proof import MaskProver
+from fxreuse.masks.mask_proof import MaskProver
 from fxreuse.nodes import argument, inserting_before, is_call, replace
 from fxreuse.program import Program
 

@@ -12,12 +12,12 @@ import torch
 from torch import fx
 
 from fxreuse.attention import AttentionSite
-from fxreuse.axes import Layout, Part, sizes, start
-from fxreuse.contractions import Contraction
-from fxreuse.flow import Flow
-from fxreuse.follow import packet
-from fxreuse.index_call import same_size, sizes_of
-from fxreuse.mask_proof import MaskProver
+from fxreuse.finding.axes import Layout, Part, sizes, start
+from fxreuse.finding.contractions import Contraction
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.follow import packet
+from fxreuse.masks.index_call import same_size, sizes_of
+from fxreuse.masks.mask_proof import MaskProver
 from fxreuse.nodes import inserting_before
 
 from .affine import Addend, Factor, Selection, affine_scores, refusal

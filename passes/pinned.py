@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxreuse.flow import value_operands
-from fxreuse.follow import arguments, packet
+from fxreuse.finding.flow import value_operands
+from fxreuse.finding.follow import arguments, packet
 
 _aten = torch.ops.aten
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from fxreuse.nodes import remove_dead
+from fxreuse.priors.pruning import SitePruning
+from fxreuse.priors.selection import Kept
 from fxreuse.program import Program, get_attribute
-from fxreuse.pruning import SitePruning
-from fxreuse.selection import Kept
 from fxreuse.tree import drop, free_path, reads
 
 from .insert_priors import SitePrior, logarithm_of

@@ -9,17 +9,17 @@ import sympy
 import torch
 from torch import fx
 
-from fxreuse.axes import product, sizes
-from fxreuse.contexts import find_contexts
-from fxreuse.flow import Flow
-from fxreuse.follow import arguments, packet
+from fxreuse.finding.axes import product, sizes
+from fxreuse.finding.contexts import find_contexts
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.follow import arguments, packet
+from fxreuse.finding.softmaxes import SOFTMAX
+from fxreuse.layouts.projections import take_place
 from fxreuse.map_workspace import attention_map
 from fxreuse.nodes import call, inserting_before, is_call
+from fxreuse.priors.pruning import SitePruning
+from fxreuse.priors.selection import Kept
 from fxreuse.program import Program, get_attribute
-from fxreuse.projections import take_place
-from fxreuse.pruning import SitePruning
-from fxreuse.selection import Kept
-from fxreuse.softmaxes import SOFTMAX
 from fxreuse.tree import free_path
 
 from .fused import OPERATOR, Fused

@@ -10,13 +10,13 @@ from torch import fx
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
-from fxreuse.flow import Flow
-from fxreuse.mask_proof import MaskProver
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.value_numbers import ValueNumbers
+from fxreuse.masks.mask_proof import MaskProver
 from fxreuse.modules import DropoutProbability
 from fxreuse.nodes import inserting_before, is_effect, replace
 from fxreuse.program import Program, module_path
 from fxreuse.tree import free_path, place
-from fxreuse.value_numbers import ValueNumbers
 
 from .affine import refusal
 from .arrange import Arranger, Insert, Term, UnclearAxes

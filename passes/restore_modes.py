@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import fx
 
-from fxreuse.mode_modules import MARKER
+from fxreuse.frontend.mode_modules import MARKER
 from fxreuse.modules import DropoutProbability
 from fxreuse.nodes import call, inserting_before, is_call, replace
 from fxreuse.program import Program, module_path

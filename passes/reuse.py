@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxreuse.attention import AttentionSite
-from fxreuse.layout import context_of
+from fxreuse.layouts.layout import context_of
 from fxreuse.nodes import is_call, remove_dead
 from fxreuse.program import Program
 from fxreuse.record import Decision, Note

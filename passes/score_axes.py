@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 
 from fxreuse.attention import AttentionSite
-from fxreuse.axes import Layout, Part
 from fxreuse.errors import UnsupportedError
-from fxreuse.flow import Flow
-from fxreuse.follow import arguments
-from fxreuse.heads import fused_roles, score_roles
+from fxreuse.finding.axes import Layout, Part
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.follow import arguments
+from fxreuse.finding.heads import fused_roles, score_roles
+from fxreuse.finding.scores import Scores, find_scores, push
+from fxreuse.finding.softmaxes import Softmax, softmax_of
 from fxreuse.program import Program
-from fxreuse.scores import Scores, find_scores, push
-from fxreuse.softmaxes import Softmax, softmax_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import fx
 
 from fxreuse.errors import UnsupportedError
 from fxreuse.nodes import call
-from fxreuse.parts import contiguous
 from fxreuse.program import Program
+from fxreuse.weights.parts import contiguous
 
 from .parameters import at_top
 from .weight_groups import Member, WeightGroup

@@ -1,7 +1,7 @@
 """Drop the masks that do nothing, and let kernels know of the plain causal ones. Exact tier.
 
 A T×T mask costs memory and keeps fused attention off its fastest kernels, whatever it holds. Four rewrites, each on a
-proof (`fxreuse.mask_proof`) that is valid for every size the program accepts:
+proof (`fxreuse.masks.mask_proof`) that is valid for every size the program accepts:
 
 * fused attention whose mask is all true, or adds nothing but 0: the mask is left out;
 * fused attention whose mask is ``key <= query``: ``is_causal``, which is aligned at the top left as the formula is;
@@ -25,8 +25,8 @@ import sympy
 import torch
 from torch import fx
 
-from fxreuse.index_call import same_size, sizes_of
-from fxreuse.mask_proof import MaskProver
+from fxreuse.masks.index_call import same_size, sizes_of
+from fxreuse.masks.mask_proof import MaskProver
 from fxreuse.nodes import argument, inserting_before, is_call, remove_dead
 from fxreuse.program import Program, module_path
 from fxreuse.record import Note

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxreuse.axes import sizes
-from fxreuse.block_attention import flex_attention_over_blocks, gathered_attention
 from fxreuse.errors import UnsupportedError
+from fxreuse.finding.axes import sizes
+from fxreuse.priors.block_attention import flex_attention_over_blocks, gathered_attention
+from fxreuse.priors.selection import Kept, block_sums
 from fxreuse.program import Program
-from fxreuse.selection import Kept, block_sums
 
 from .fused import Fused
 from .insert_priors import SitePrior

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from fxreuse.axes import sizes
-from fxreuse.contractions import einsum_labels, is_attribute
-from fxreuse.follow import arguments
+from fxreuse.finding.axes import sizes
+from fxreuse.finding.contractions import einsum_labels, is_attribute
+from fxreuse.finding.follow import arguments
 from fxreuse.nodes import inserting_before, is_call, replace
 from fxreuse.program import Program
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import PlanError, UnsupportedError
-from fxreuse.find import find
-from fxreuse.flow import Flow
+from fxreuse.finding.find import find
+from fxreuse.finding.flow import Flow
 from fxreuse.program import Program
 
 from .head_labels import Labels, Split

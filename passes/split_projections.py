@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxreuse.arrangement import Arrangement, Insert, Layer, arrange, fits
-from fxreuse.follow import REGROUPING, SAME_VALUE, is_elementwise, packet
-from fxreuse.layout import indices_of, push
+from fxreuse.finding.follow import REGROUPING, SAME_VALUE, is_elementwise, packet
+from fxreuse.layouts.arrangement import Arrangement, Insert, Layer, arrange, fits
+from fxreuse.layouts.layout import indices_of, push
+from fxreuse.layouts.projections import Projection, hints, is_move, read_projection, take_place
 from fxreuse.nodes import inserting_before, is_call, remove_dead
 from fxreuse.program import Program
-from fxreuse.projections import Projection, hints, is_move, read_projection, take_place
 
 from .new_tensors import put_tensor, read_tensor
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from fxreuse.follow import EXPANDING, REGROUPING, SAME_VALUE, VIEWS, arguments, packet
+from fxreuse.finding.follow import EXPANDING, REGROUPING, SAME_VALUE, VIEWS, arguments, packet
 from fxreuse.map_workspace import attention_map
 from fxreuse.nodes import inserting_before
 

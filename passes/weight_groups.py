@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from fxreuse.attention import AttentionSites
-from fxreuse.block import Block, projections_of
+from fxreuse.emission.outline import layer_nodes
 from fxreuse.errors import PlanError, UnsupportedError
-from fxreuse.outline import layer_nodes
-from fxreuse.parts import Part, operands_of, parts_of
+from fxreuse.layouts.projections import Projection, read_projection, value_readers
 from fxreuse.program import Program
-from fxreuse.projections import Projection, read_projection, value_readers
+from fxreuse.weights.block import Block, projections_of
+from fxreuse.weights.parts import Part, operands_of, parts_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from fxreuse.errors import PlanError, UnsupportedError
-from fxreuse.feed_forward import FeedForward, readers
-from fxreuse.follow import aten, packet
+from fxreuse.finding.follow import aten, packet
+from fxreuse.layouts.feed_forward import FeedForward, readers
+from fxreuse.layouts.projections import Projection, resize
 from fxreuse.nodes import evaluate
 from fxreuse.program import Program, get_attribute
-from fxreuse.projections import Projection, resize
 from fxreuse.tree import reads
 
 from .fresh import fresh
@@ -30,7 +30,7 @@ def widen_feed_forward(program: Program, found: Sequence[FeedForward], units: Se
 
     Arguments:
         program: a program that the caller owns; it is changed.
-        found: its feed-forward layers, as `fxreuse.feed_forward.find_feed_forward` gives them. Those of a module that
+        found: its feed-forward layers, as `find_feed_forward` gives them. Those of a module that
             is called several times share their weights, which are widened once.
         units: by how many units each becomes wider.
 

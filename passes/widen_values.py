@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from fxreuse.arrangement import ROWS, Insert, Layer, known_size, size_before
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import PlanError, UnsupportedError
-from fxreuse.layout import Way, WeightLayout, context_of, copies_between, named, way_of_output, way_of_values
+from fxreuse.layouts.arrangement import ROWS, Insert, Layer, known_size, size_before
+from fxreuse.layouts.layout import Way, WeightLayout, context_of, copies_between, named, way_of_output, way_of_values
+from fxreuse.layouts.projections import is_move, is_unary, refresh, resize, take_place, value_readers
 from fxreuse.nodes import inserting_before, is_call, map_nodes, remove_dead, replace
 from fxreuse.program import Program, get_attribute
-from fxreuse.projections import is_move, is_unary, refresh, resize, take_place, value_readers
 from fxreuse.tree import own_copy, reads
 
 _aten = torch.ops.aten

@@ -38,7 +38,7 @@ class Case:
         return len(self.leaders)
 
     def followers(self) -> dict[tuple[str, int], tuple[str, int]]:
-        """For every site that follows, its leader, as `fxreuse.reference.MapSharing` takes them."""
+        """For every site that follows, its leader, as `fxreuse.checking.reference.MapSharing` takes them."""
         pairs = enumerate(self.leaders)
         return {(self.site.format(i), 0): (self.site.format(leader), 0) for i, leader in pairs if i != leader}
 

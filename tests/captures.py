@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
 
 from .architectures import ARCHITECTURES, SAME_MODEL, Case

@@ -7,9 +7,9 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxreuse.layouts.projections import hint, hints
 from fxreuse.nodes import evaluate
 from fxreuse.program import Program, fixed_size, get_attribute
-from fxreuse.projections import hint, hints
 
 
 def described(value: object) -> object:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fxreuse.find import find
+from fxreuse.finding.find import find
 from fxreuse.passes.reuse import reuse
 
 from .attention_forms import HEADS, LOWEST, Form, Layer, Model, heads, joined
@@ -67,6 +67,8 @@ def chain(steps: list[tuple[str, str | float | None]], fill: float) -> Form:
         for step, value in steps:
             if masked and fill == -1e9 and step in ("plus", "minus"):
                 continue  # what is added to such a number is no bias
+            if masked and fill != -torch.inf and step in ("times", "over"):
+                continue  # there would be two such numbers, and the larger one would be seen where all is hidden
             masked |= step in ("masked_fill", "where")
             if step == "times":
                 scores = value * scores

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fxreuse
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.checking.reference import MapSharing
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.passes.reuse import reuse
 from fxreuse.program import Program, fixed_size
-from fxreuse.reference import MapSharing
 
 from .attention_forms import FORMS, WIDTH, Form, Layer, Model, heads, joined, product
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxreuse import FxReuseError
-from fxreuse.audio import AudioError, normalise, read_wav, resample, speech_like
+from fxreuse.command.audio import AudioError, normalise, read_wav, resample, speech_like
 
 
 def write_wav(path, waveform, rate, width, channels=1):

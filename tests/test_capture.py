@@ -14,11 +14,11 @@ import transformers as hf
 from torch import nn
 from torch.export import Dim
 
-from fxreuse.capture import capture
 from fxreuse.errors import CaptureError, InputError
-from fxreuse.example_sizes import widen_batch
-from fxreuse.frontend import load_program
-from fxreuse.inputs import Inputs
+from fxreuse.frontend.capture import capture
+from fxreuse.frontend.example_sizes import widen_batch
+from fxreuse.frontend.inputs import Inputs
+from fxreuse.frontend.load import load_program
 from fxreuse.program import FOLLOWS, Leaf, Program
 
 from .running import changes, named_tensors, snapshot

@@ -12,10 +12,10 @@ import wave
 import pytest
 
 import fxreuse
-from fxreuse import checks
-from fxreuse.cli import main
-from fxreuse.measure import interleaved
-from fxreuse.progress import Progress
+from fxreuse.checking import checks
+from fxreuse.checking.measure import interleaved
+from fxreuse.command.cli import main
+from fxreuse.command.progress import Progress
 
 pytest.importorskip("transformers")
 
@@ -188,7 +188,7 @@ def test_interruption_is_exit_code_130(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fxreuse.model_spec.resolve", interrupted)
+    monkeypatch.setattr("fxreuse.command.model_spec.resolve", interrupted)
     assert main(["inspect", "a.py:b"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from fxreuse.cost_model import Summary, count, formula, macs_of, summarise
 from fxreuse.cost_model.einsum import einsum_macs
 from fxreuse.cost_model.solve import solve
 from fxreuse.errors import InputError, UnsupportedError
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
 
 from .architectures import Case
@@ -476,7 +476,7 @@ class TestSummary:
     def test_numbers_by_any_name_of_a_size(self, bert):
         expected = bert.at(B=3, T=14)
         assert bert.at(input_ids_0=3, attention_mask_1=14) == expected
-        assert expected.sizes == {"B": 3, "T": 14}
+        assert expected.sizes == {"B": 3, "T": 14, "attention_mask_0": 3}
         assert expected.map_bytes == 4 * 4 * 4 * 3 * 14**2
 
     def test_numbers_at_the_sizes_of_the_example(self, bert):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxreuse
-from fxreuse.reference import MapSharing
+from fxreuse.checking.reference import MapSharing
 
 from .handwritten import exported
 from .running import apply_captured

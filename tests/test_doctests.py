@@ -17,7 +17,7 @@ PACKAGES = (fxreuse, fxreuse.passes, fxreuse.cost_model)
 
 
 def modules(package: ModuleType) -> list[str]:
-    found = [info.name for info in pkgutil.iter_modules(package.__path__, package.__name__ + ".")]
+    found = [info.name for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
     return [package.__name__, *(name for name in found if not name.endswith("__main__"))]
 
 

@@ -12,13 +12,13 @@ import transformers as hf
 from torch import fx, nn
 
 import fxreuse
-from fxreuse.emit import emit
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.checking.reference import MapSharing
+from fxreuse.emission.emit import emit
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.passes.fold_modules import fold_modules
 from fxreuse.program import Program, module_path
 from fxreuse.record import Record
-from fxreuse.reference import MapSharing
 
 from .architectures import randomise
 from .captures import captured

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import fxreuse
-from fxreuse.inputs import Inputs
+from fxreuse.frontend.inputs import Inputs
 
 X = torch.randn(2, 5, 16)
 

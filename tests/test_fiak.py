@@ -15,9 +15,9 @@ from torch import nn
 import fxreuse
 from fxreuse import PlanError, UnsupportedError
 from fxreuse.cost_model import summarise
-from fxreuse.find import find
-from fxreuse.frontend import load_program
-from fxreuse.priors import log_prior
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
+from fxreuse.priors.priors import log_prior
 
 from .fiak_models import (
     DIM,
@@ -71,7 +71,7 @@ def reference(model: Layers, extras: list[torch.Tensor], x: torch.Tensor) -> tor
 
 def cut(pruned: nn.Module, model: Layers, weighed: nn.Module, **fractions: float) -> list[torch.Tensor]:
     """What the pruning hides of every layer, as numbers added to its scores; chosen anew, from the priors."""
-    from fxreuse.selection import select
+    from fxreuse.priors.selection import select
 
     extras = []
     for prior, attention in zip(priors_of(weighed), model.attentions, strict=True):
@@ -433,3 +433,18 @@ def test_find_sees_the_sites_of_what_comes_out():
     assert [site.bias != "none" for site in find(load_program(weighed, x))] == [True]
     pruned = fxreuse.prune(weighed, keys=0.25)
     assert [str(site.map_shape[-1]) for site in find(load_program(pruned, x))] == ["9"]
+
+
+def test_beside_shared_weights_with_residuals():
+    model, x = build(Attention)
+    shared = fxreuse.apply(model, "residual k=2 r=4", x)
+    weighed = fxreuse.apply(model, "fiak | residual k=2 r=4", x)
+    assert_same(weighed(x), shared(x), EXACT)
+    weighed = with_random_priors(weighed)
+    assert_same(fxreuse.prune(weighed, scores=0, keys=0)(x), shared(x), EXACT)
+    pruned = fxreuse.prune(weighed, scores=0.5, keys=0.25)
+    masked = fxreuse.prune(weighed, scores=0.5, keys=0.25, final=False)
+    for prior in priors_of(masked):
+        prior.data.fill_(1.0)
+    assert_same(pruned(x), masked(x), EXACT)
+    assert [site.keys_kept for site in fxreuse.describe(pruned).pruned] == [9, 9]

@@ -10,8 +10,8 @@ import torch
 
 import fxreuse
 from fxreuse.cost_model import summarise
-from fxreuse.frontend import load_program
-from fxreuse.pruning import unskipped_macs
+from fxreuse.frontend.load import load_program
+from fxreuse.priors.pruning import unskipped_macs
 
 WIDTH, LENGTH, LAYERS = 192, 197, 2
 BLOCK = 12 * LENGTH * WIDTH**2 + 2 * LENGTH**2 * WIDTH

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxreuse import PlanError
-from fxreuse.selection import block_sums, importance, prune_scores, select
+from fxreuse.priors.selection import block_sums, importance, prune_scores, select
 
 fractions = st.integers(0, 99).map(lambda number: number / 100)
 

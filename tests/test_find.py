@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 
 from fxreuse.attention import AttentionSites
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program, module_stack
 
 from .architectures import ARCHITECTURES

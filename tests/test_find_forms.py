@@ -10,8 +10,8 @@ import torch
 from torch.export import Dim
 
 from fxreuse.attention import AttentionSites
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
 
 from . import recognised_forms as forms

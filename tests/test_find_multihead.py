@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fxreuse.attention import AttentionSites
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 
 Tensor = torch.Tensor
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from fxreuse.attention import AttentionSites
 from fxreuse.errors import PlanError
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.passes.check_groups import check_groups
 from fxreuse.program import Program
 

@@ -16,10 +16,10 @@ from benchmarks.papers import UTTERANCES
 from fxreuse.cost_model import summarise
 from fxreuse.cost_model.parts import Parts
 from fxreuse.cost_model.presets import SERVER_CPU
-from fxreuse.cost_report import CostReport
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
+from fxreuse.reports.cost_report import CostReport
 
 from .handwritten import exported
 from .running import apply_captured
@@ -77,7 +77,7 @@ def students() -> dict[tuple[int, int], Captured]:
 @pytest.mark.parametrize(("dim", "width", "plan", "parameters", "wider", "macs"), ARMHUBERT)
 def test_armhubert(students, dim, width, plan, parameters, wider, macs):
     model, program = students[dim, width]
-    small = apply_captured(model, program, plan)
+    small = apply_captured(model, program, f"{plan} lowering=materialize")
     record = fxreuse.describe(small)
     assert count(small) == parameters
     assert count(model) - record.parameters_removed + record.parameters_added == parameters

@@ -20,7 +20,7 @@ from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
 import fxreuse
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
 
 from .architectures import randomise

@@ -10,8 +10,8 @@ import transformers as hf
 from torch import nn
 
 from fxreuse.errors import CaptureError, InputError
-from fxreuse.frontend import load_program
-from fxreuse.guards import allow_batch_of_one, checker, from_export, holds, make_guard
+from fxreuse.frontend.guards import allow_batch_of_one, checker, from_export, holds, make_guard
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Guard, Leaf, Program
 
 X = (Leaf("x", 3),)

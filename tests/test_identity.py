@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxreuse
-from fxreuse.reference import site_calls
+from fxreuse.checking.reference import site_calls
 
 from .architectures import ARCHITECTURES, SAME_MODEL, Case, randomise
 from .captures import Captured, captured, mixed_modes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxreuse.errors import InputError
-from fxreuse.inputs import Inputs, bind, infer, normalise
+from fxreuse.frontend.inputs import Inputs, bind, infer, normalise
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxreuse.attention import Rejected
-from fxreuse.inspection import InspectedSite, InspectedStack, Inspection, inspect_model
+from fxreuse.reports.inspection import InspectedSite, InspectedStack, Inspection, inspect_model
 
 HEADS, WIDTH = 2, 8
 

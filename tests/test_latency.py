@@ -23,9 +23,9 @@ from fxreuse.cost_model.operations import operations
 from fxreuse.cost_model.presets import PRESETS, SERVER_CPU
 from fxreuse.cost_model.residency import Residency
 from fxreuse.cost_model.summary import Summary, summarise
-from fxreuse.frontend import load_program
+from fxreuse.emission.rewritten import Rewritten
+from fxreuse.frontend.load import load_program
 from fxreuse.passes.fold_modules import fold_modules
-from fxreuse.rewritten import Rewritten
 
 MIB = 2**20
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import fxreuse
 from fxreuse.attention import AttentionSite
-from fxreuse.find import find
-from fxreuse.frontend import load_program
-from fxreuse.layout import WeightLayout, key_layout, output_layout, query_layout, value_layout
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
+from fxreuse.layouts.layout import WeightLayout, key_layout, output_layout, query_layout, value_layout
 from fxreuse.program import Program
 
 from .handwritten import Attention, find_in

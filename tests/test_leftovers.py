@@ -15,9 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from fxreuse.capture import capture
 from fxreuse.errors import CaptureError
-from fxreuse.inputs import infer
+from fxreuse.frontend.capture import capture
+from fxreuse.frontend.inputs import infer
 
 X = torch.randn(2, 5, 6)
 KEPT: dict[int, torch.Tensor] = {}

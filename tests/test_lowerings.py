@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxreuse
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.modules import DropoutProbability
 from fxreuse.program import Program
 
@@ -28,11 +28,11 @@ HEADS, WIDTH = 4, 4
 class Layer(nn.Module):
     """Attention with a residual; ``attend`` gets queries, keys, values (batch, heads, tokens, width) and the mask."""
 
-    def __init__(self, attend: Attend, kv_heads: int, value_width: int, dropout: float) -> None:
+    def __init__(self, attend: Attend, kv_heads: int, value_width: int, dropout: float, width: int) -> None:
         super().__init__()
         self.attend, self.kv_heads, self.dropout = attend, kv_heads, nn.Dropout(dropout)
-        self.q = nn.Linear(16, HEADS * WIDTH)
-        self.k = nn.Linear(16, kv_heads * WIDTH)
+        self.q = nn.Linear(16, HEADS * width)
+        self.k = nn.Linear(16, kv_heads * width)
         self.v = nn.Linear(16, kv_heads * value_width)
         self.o = nn.Linear(HEADS * value_width, 16)
 
@@ -50,10 +50,16 @@ class Layer(nn.Module):
 
 class Model(nn.Module):
     def __init__(
-        self, attend: Attend, kv_heads: int = HEADS, value_width: int = WIDTH, dropout: float = 0.0, layers: int = 4
+        self,
+        attend: Attend,
+        kv_heads: int = HEADS,
+        value_width: int = WIDTH,
+        dropout: float = 0.0,
+        layers: int = 4,
+        width: int = WIDTH,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(attend, kv_heads, value_width, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(attend, kv_heads, value_width, dropout, width) for _ in range(layers))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         for layer in self.layers:
@@ -259,9 +265,30 @@ def test_a_soft_cap_can_be_stored_but_not_recomputed() -> None:
     assert [text for text in ("layers.0", "tanh", "lowering=materialize") if text not in said] == []
 
 
+@pytest.mark.parametrize("fills", [(-1e9, -1e4), (-1e9, -1e9)])
+def test_scores_replaced_by_two_numbers_are_not_recomputed(fills: tuple[float, float]) -> None:
+    """Where all keys are hidden, those of the larger number are seen; two equal numbers are one mask."""
+
+    def masked_twice(q: torch.Tensor, k: torch.Tensor, mask: Any) -> torch.Tensor:
+        rows, columns = mask[..., :1, :], mask[..., :1, :].transpose(-1, -2)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~rows, fills[0])
+        return scores.masked_fill(~columns, fills[1])
+
+    model, given = randomise(Model(unfused(masked_twice), layers=2)).double(), inputs(padding)
+    program = load_program(model, given)
+    if fills[0] == fills[1]:
+        recomputed = apply_captured(model, program, "2x1 lowering=recompute")
+        torch.testing.assert_close(
+            call(recomputed, given), reference(model, *given, leaders=(0, 0)), rtol=1e-12, atol=1e-12
+        )
+    else:
+        with pytest.raises(fxreuse.UnsupportedError, match=r"replaced by -1e\+09 and by -1e\+04"):
+            apply_captured(model, program, "2x1 lowering=recompute")
+
+
 @pytest.mark.parametrize(("kind", "why"), [("fused", "CPU"), ("unfused", "CPU")])
 def test_the_choice_is_explained(kind: str, why: str) -> None:
-    attend = fused() if kind == "fused" else unfused(divided)
-    record = fxreuse.describe(fxreuse.apply(randomise(Model(attend, layers=2)), "2x*", torch.randn(3, 5, 16)))
+    model = randomise(Model(fused() if kind == "fused" else unfused(divided), value_width=64, layers=2, width=64))
+    record = fxreuse.describe(fxreuse.apply(model, "2x*", torch.randn(3, 5, 16)))
     assert {decision.lowering for decision in record.decisions} == {"materialize"}
     assert why in str(record)

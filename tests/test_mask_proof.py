@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxreuse.capture import capture
-from fxreuse.index_forms import Truth
-from fxreuse.mask_proof import MaskProver, formula_of, prove
+from fxreuse.frontend.capture import capture
+from fxreuse.masks.index_forms import Truth
+from fxreuse.masks.mask_proof import MaskProver, formula_of, prove
 
 from .mask_expressions import FINISH, LOWEST, Expression, Masks, mask, masks, outputs, sizes_to_try
 

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 import fxreuse
 from fxreuse.errors import UnsupportedError
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.map_workspace import attention_map
 from fxreuse.nodes import remove_dead
 from fxreuse.passes.materialize import Materializer

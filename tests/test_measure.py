@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from fxreuse.measure import Spread, Timing, interleaved, peak_memory
+from fxreuse.checking.measure import Spread, Timing, interleaved, peak_memory
 
 KIB = 1024
 

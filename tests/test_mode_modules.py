@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import nn
 
-from fxreuse.mode_modules import marked, mode_modules, reads_training
+from fxreuse.frontend.mode_modules import marked, mode_modules, reads_training
 
 MARK = torch.ops.fxreuse.mode_module.default
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fxreuse import FxReuseError
-from fxreuse.model_spec import ModelSpecError, load, resolve
-from fxreuse.settings import parse_setting
+from fxreuse.command.model_spec import ModelSpecError, load, resolve
+from fxreuse.command.settings import parse_setting
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import fxreuse
-from fxreuse.breakdown import Breakdown, measure_breakdown
+from fxreuse.checking.node_times import node_times
 from fxreuse.cost_model.operations import operations
-from fxreuse.node_times import node_times
-from fxreuse.rewritten import Rewritten
+from fxreuse.emission.rewritten import Rewritten
+from fxreuse.reports.breakdown import Breakdown, measure_breakdown
 
 
 @pytest.fixture(scope="module")

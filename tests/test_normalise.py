@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.nodes import inserting_before
 from fxreuse.program import Program
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import fxreuse
 from fxreuse.errors import PlanError
-from fxreuse.groups import Groups, Leaders, Open, Pattern, Run, Sizes, Uniform, fitting
-from fxreuse.groups_text import parse_groups
-from fxreuse.plan import Plan, Reuse
-from fxreuse.plan_options import DTYPES, Match
-from fxreuse.stack_choice import choose_stack
+from fxreuse.plans.groups import Groups, Leaders, Open, Pattern, Run, Sizes, Uniform, fitting
+from fxreuse.plans.groups_text import parse_groups
+from fxreuse.plans.plan import Plan, Reuse
+from fxreuse.plans.plan_options import DTYPES, Match
+from fxreuse.plans.stack_choice import choose_stack
 
 from .running import apply_module
 

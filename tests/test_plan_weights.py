@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxreuse.errors import PlanError
-from fxreuse.groups import Leaders, Open, Run, Sizes, Uniform
-from fxreuse.plan import Plan, Reuse
-from fxreuse.plan_weights import Residual, Share
-from fxreuse.stack_choice import choose_named_stack, choose_stack
+from fxreuse.plans.groups import Leaders, Open, Run, Sizes, Uniform
+from fxreuse.plans.plan import Plan, Reuse
+from fxreuse.plans.plan_weights import Residual, Share
+from fxreuse.plans.stack_choice import choose_named_stack, choose_stack
 
 SHARE = "share takes k=3 or groups such as 3+3+2, stack=NAME, bias=shared|own, init=first|mean"
 RESIDUAL = (

@@ -11,7 +11,7 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 import fxreuse
-from fxreuse.frontend import load_program
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program
 from fxreuse.record import Record
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxreuse.plan import Plan
+from fxreuse.plans.plan import Plan
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")

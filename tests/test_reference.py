@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fxreuse.checking.numerics import KeepFloat64, difference
+from fxreuse.checking.reference import MapSharing, site_calls, site_key, site_name
 from fxreuse.errors import UnsupportedError
-from fxreuse.numerics import KeepFloat64, difference
 from fxreuse.program import module_path
-from fxreuse.reference import MapSharing, site_calls, site_key, site_name
 
 LEADER, FOLLOWER = ("layers.0", 0), ("layers.1", 0)
 

@@ -12,7 +12,7 @@ import torch
 from models.transducer import TransducerEncoder
 
 import fxreuse
-from fxreuse.find import find
+from fxreuse.finding.find import find
 from fxreuse.lay_plan import lay_plan
 from fxreuse.program import Program
 

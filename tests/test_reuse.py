@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fxreuse
+from fxreuse.checking.reference import MapSharing, site_calls, site_name
 from fxreuse.record import Record
-from fxreuse.reference import MapSharing, site_calls, site_name
 
 from .architectures import ARCHITECTURES, Case
 from .captures import captured

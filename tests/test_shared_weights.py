@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxreuse
-from fxreuse.block import find_block
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
+from fxreuse.weights.block import find_block
 
 from .running import assert_same
 from .shared_weights import NAMES, SPECS, applied, captured, gradients, meaning, size

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import fx
 
-from fxreuse.capture import caches_off, capture
-from fxreuse.frontend import load_program
+from fxreuse.frontend.capture import caches_off, capture
+from fxreuse.frontend.load import load_program
 from fxreuse.nodes import argument, is_call
 from fxreuse.passes.simplify_masks import simplify_masks
 from fxreuse.program import Program

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxreuse
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 from fxreuse.passes.split_heads import split_heads
 from fxreuse.program import Program
 from fxreuse.tree import reads

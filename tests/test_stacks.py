@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fxreuse.stacks import Place, assign_stacks
+from fxreuse.finding.stacks import Place, assign_stacks
 
 
 def place(path: str, kind: str = "self") -> Place:

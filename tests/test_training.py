@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import nn
 
-from fxreuse.mode_modules import marked
+from fxreuse.frontend.mode_modules import marked
+from fxreuse.frontend.training import TrainingFacts, probe
 from fxreuse.program import module_path
-from fxreuse.training import TrainingFacts, probe
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = {"vocab_size": 99, "max_position_embeddings": 32}

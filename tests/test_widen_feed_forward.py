@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxreuse
-from fxreuse.feed_forward import find_feed_forward
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
+from fxreuse.layouts.feed_forward import find_feed_forward
 from fxreuse.passes.lay_reuse import lay_reuse
-from fxreuse.plan import Plan
+from fxreuse.plans.plan import Plan
 
 from .running import apply_captured, gradients
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 import fxreuse
 from fxreuse.attention import AttentionSites
-from fxreuse.find import find
-from fxreuse.frontend import load_program
-from fxreuse.layout import output_layout, value_layout
+from fxreuse.checking.reference import MapSharing
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
+from fxreuse.layouts.layout import output_layout, value_layout
 from fxreuse.passes.widen_values import widen_values
 from fxreuse.program import Program
-from fxreuse.reference import MapSharing
 from fxreuse.tree import reads
 
 from .handwritten import exported

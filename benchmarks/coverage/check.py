@@ -18,13 +18,13 @@ from torch.utils import _pytree as pytree
 
 import fxreuse
 from fxreuse.attention import AttentionSites
-from fxreuse.capture import caches_off
-from fxreuse.find import find
-from fxreuse.frontend import load_program
-from fxreuse.inputs import normalise
-from fxreuse.numerics import Difference, KeepFloat64, difference
+from fxreuse.checking.numerics import Difference, KeepFloat64, difference
+from fxreuse.checking.reference import MapSharing, site_key
+from fxreuse.finding.find import find
+from fxreuse.frontend.capture import caches_off
+from fxreuse.frontend.inputs import normalise
+from fxreuse.frontend.load import load_program
 from fxreuse.program import Program, input_sizes
-from fxreuse.reference import MapSharing, site_key
 
 from .row import Built, Inputs, Row
 from .verdict import LOWERINGS
@@ -106,7 +106,7 @@ def identity_plan(sites: AttentionSites) -> str:
 
 def _captured(built: Built) -> tuple[Program, str]:
     """The normalised program, and the way of exporting that worked."""
-    module = sys.modules["fxreuse.capture"]
+    module = sys.modules["fxreuse.frontend.load.capture"]
     ways: list[str] = []
 
     def export(*args: Any, **kwargs: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fxreuse.inputs import Inputs as Call
-from fxreuse.target import captured_inputs
+from fxreuse.frontend.inputs import Inputs as Call
+from fxreuse.frontend.target import captured_inputs
 
 Inputs = Call | tuple[Any, ...] | dict[str, Any]
 

@@ -98,11 +98,7 @@ ROWS = (
     decoder("Mistral", "Mistral", sliding_window=5, **GROUPED),
     decoder("Persimmon", "Persimmon"),
     decoder("StarCoder 2", "Starcoder2", sliding_window=5, **GROUPED),
-    decoder(
-        "XGLM",
-        "XGLM",
-        base={"d_model": 32, "ffn_dim": 64, "num_layers": LAYERS, "attention_heads": 4, **TEXT, **ENDS},
-    ),
+    decoder("OLMo", "Olmo", clip_qkv=2.0),
     decoder("Qwen3", "Qwen3", **ROTARY),
     decoder("Gemma", "Gemma", **ROTARY),
     # Sliding and full layers by turns.

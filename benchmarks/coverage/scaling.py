@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import transformers as hf
 
-from fxreuse.find import find
-from fxreuse.frontend import load_program
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 
 LAYERS = (12, 24, 48)
 REPEATS = 5

@@ -126,6 +126,8 @@ def summary(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "correct": sum(not problems(row) for row in rows.values()),
         "attending": len(attending),
         "sites": sum(row["expected"] for row in rows.values() if "refused" not in row),
+        "whole": sum("refused" in row for row in attending.values()),
+        "unseen": sum(row["expected"] for row in attending.values() if "refused" in row),
         "sites_found": sum(row["found"] for row in found),
         "false_positives": sum(max(0, row["found"] - row["expected"]) for row in found),
         "not_attention": sum(row["rejected_expected"] for row in found),

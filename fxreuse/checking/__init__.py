@@ -1,0 +1,1 @@
+"""Whether a rewritten model computes what it should, and what it costs: measured."""

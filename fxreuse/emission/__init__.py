@@ -1,0 +1,1 @@
+"""From a program back to a module with the original's tree."""

@@ -1,0 +1,1 @@
+"""Recognition: the attentions of a program, found by data flow."""

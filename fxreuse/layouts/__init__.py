@@ -1,0 +1,1 @@
+"""Which row of which weight feeds which channel: read off the graph."""

@@ -1,0 +1,1 @@
+"""Plans: what to rewrite, as strings and as values."""

@@ -1,0 +1,1 @@
+"""What inspection and the cost model found, as data, text and pictures."""

@@ -1,0 +1,1 @@
+"""Which weights of different layers correspond, and the matrices that they are made of."""
