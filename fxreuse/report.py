@@ -15,14 +15,18 @@ from .cost_model.device import Device
 from .cost_model.execution import without_single_values
 from .cost_model.parts import Parts
 from .cost_model.summary import Summary, summarise
+from .emission.rewritten import Rewritten
 from .errors import InputError
 from .finding.find import find
 from .frontend.inputs import Inputs, bind
 from .frontend.inputs import normalise as normalise_inputs
+from .frontend.lengths import bound_lengths
 from .frontend.load import load_program
 from .frontend.target import captured_inputs
 from .plans.plan import Plan
+from .plans.plan_fiak import Fiak
 from .program import Program
+from .prune import prune
 from .reports.cost_report import CostReport
 
 #: The lengths that a report shows where none are asked for, as far as the model takes them.
@@ -79,15 +83,18 @@ def report(
     if target is not None:
         model, example_inputs = captured_inputs(model, target, example_inputs)
     given, example_inputs = example_inputs, _beside(model, example_inputs)
-    program = without_single_values(load_program(model, example_inputs))
+    program = load_program(model, example_inputs)
     sites = find(program)
+    if parsed is not None:
+        program, sites = bound_lengths(model, example_inputs, program, sites, parsed)
+    program = without_single_values(program)
     parts = Parts.of(program, sites)
     shapes = _example(model, program, example_inputs)
     original = model if isinstance(model, torch.nn.Module) else None
     before = summarise(program, shapes, parts=parts, model=original)
     after, record = before, None
     if parsed is not None:
-        small = rewrite(program, sites, parsed, model, example_inputs)
+        small = _pruned(rewrite(program, sites, parsed, model, example_inputs), parsed)
         record = small.record
         followers = [decision.site for decision in record.decisions if decision.action == "follow"]
         after = summarise(small.program, shapes, parts=parts.following(followers), model=small)
@@ -104,6 +111,15 @@ def report(
     )
     found.latency(before, "eager", found.at[0])  # which raises where the device lacks a dtype
     return found
+
+
+def _pruned(small: Rewritten, plan: Plan) -> Rewritten:
+    """The model after its priors have been pruned to what the plan aims at."""
+    if not any(isinstance(step, Fiak) and (step.scores or step.keys) for step in plan.passes):
+        return small
+    pruned = prune(small)
+    assert isinstance(pruned, Rewritten)
+    return pruned
 
 
 def _device(model: torch.nn.Module | ExportedProgram, device: Device | torch.device | str | None) -> Device:

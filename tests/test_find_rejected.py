@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.export import Dim
+
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
 
 from .handwritten import Attention, find_in
+from .test_layout import PackedCross
 
 
 class TokenPooling(torch.nn.Module):
@@ -132,3 +137,13 @@ def test_a_model_without_attention_has_no_sites_and_no_rejections() -> None:
     _, sites = find_in(torch.nn.Linear(8, 8))
     assert len(sites) == len(sites.rejected) == 0
     assert "no attention found" in str(sites)
+
+
+def test_a_value_width_that_depends_on_an_input_is_refused() -> None:
+    """Exported without what a capture adds, cross attention of one packed weight has values of a symbolic width."""
+    sizes = ({0: Dim.AUTO, 1: Dim.AUTO},) * 2
+    inputs = torch.randn(3, 5, 8), torch.randn(3, 7, 8)
+    program = load_program(torch.export.export(PackedCross().eval(), inputs, dynamic_shapes=sizes, strict=False))
+    found = find(program)
+    assert len(found) == 0
+    assert "value width" in found.rejected[0].reason

@@ -241,6 +241,17 @@ class TestForms:
         assert [cost_tables.bytes_text(size) for size in (5, 2048, 3 * 2**30)] == ["5 B", "2.00 KiB", "3.00 GiB"]
 
 
+def test_priors_are_costed_as_what_they_are_to_prune():
+    """The length is fixed before and after; keys that go take their projections, scores and context with them."""
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3).eval()
+    found = fxreuse.report(model, "fiak keys=0.3", torch.randn(2, 10, 16))
+    batch = found.before.symbols["B"]
+    saved = 3 * (2 * 3 * 16 * 16 + 2 * 10 * 3 * 16)  # K and V of three keys of ten; scores and context of ten queries
+    assert found.before.macs - found.after.macs == saved * batch
+    assert "T" not in found.before.symbols
+    assert fxreuse.report(model, "fiak", torch.randn(2, 10, 16)).after.macs == found.before.macs
+
+
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "zoo.py"
     path.write_text(

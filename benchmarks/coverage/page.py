@@ -39,9 +39,9 @@ _READING = """
   float32, or the largest error relative to the largest magnitude of a tensor.
 - **materialize**, **recompute**: layers share maps in pairs (or, where neighbours have different masks, in the groups
   that the masks allow), and the result is compared in float64 with the original run eagerly with its maps shared
-  (`fxreuse/checking/reference.py`, which knows nothing of graphs). Batch and heads are above 1, a second call has other sizes
-  wherever they are free, and the last row of the batch is padded where the model takes a mask. *exact* is an error of
-  at most 1e-10.
+  (`fxreuse/checking/reference.py`, which knows nothing of graphs). Batch and heads are above 1, a second call has
+  other sizes wherever they are free, and the last row of the batch is padded where the model takes a mask. *exact* is
+  an error of at most 1e-10.
 - **seconds**: CPU time of capture, of recognition alone, and of the whole row.
 """
 

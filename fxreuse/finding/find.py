@@ -99,7 +99,12 @@ def _with_known_heads(found: _Found | str) -> _Found | str:
     """The attention, or a reason where its heads or their width are not numbers."""
     if isinstance(found, str):
         return found
-    numbers = {"number of heads": found.shape[1], "number of key heads": found.kv_heads, "head width": found.head_dim}
+    numbers = {
+        "number of heads": found.shape[1],
+        "number of key heads": found.kv_heads,
+        "head width": found.head_dim,
+        "value width": found.value_dim,
+    }
     for name, size in numbers.items():
         if not getattr(size, "is_Integer", isinstance(size, int)):
             return f"its {name} is {size}, which depends on the size of an input"
