@@ -106,7 +106,7 @@ def identity_plan(sites: AttentionSites) -> str:
 
 def _captured(built: Built) -> tuple[Program, str]:
     """The normalised program, and the way of exporting that worked."""
-    module = sys.modules["fxreuse.frontend.load.capture"]
+    module = sys.modules["fxreuse.frontend.capture"]
     ways: list[str] = []
 
     def export(*args: Any, **kwargs: Any) -> Any:

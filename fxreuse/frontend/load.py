@@ -18,7 +18,7 @@ from .waive import waive_single_values
 def load_program(
     model: torch.nn.Module | ExportedProgram, example_inputs: Any = None, fixed_lengths: bool = False
 ) -> Program:
-    """Capture a model and normalise it. See `fxreuse.frontend.load.capture.capture`."""
+    """Capture a model and normalise it. See `fxreuse.frontend.capture.capture`."""
     with collector_paused():
         program = normalise(capture(model, example_inputs, fixed_lengths))
     if isinstance(model, ExportedProgram):
