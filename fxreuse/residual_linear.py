@@ -98,8 +98,10 @@ def _in_place(
         cut = rows if len(d) == rows.shape[1] else rows[:, : len(d)]
         if bias is None:
             made = cut * d
+        elif len(rows) > _FEW:
+            made = torch.addcmul(bias, cut, d)
         else:
-            made = torch.addcmul(bias, cut, d) if len(rows) > _FEW else (cut * d).add_(bias)
+            made = (cut * d).add_(bias)
         made.addmm_(rows, weight.t())
     else:
         made = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
