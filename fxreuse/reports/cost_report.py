@@ -18,8 +18,9 @@ from ..cost_model.device import Device
 from ..cost_model.latency import Prediction, predict
 from ..cost_model.parts import PARTS, Parts
 from ..cost_model.summary import Numbers, Summary
+from ..length_text import length_text
 from ..record import Record
-from .cost_tables import CONVENTION, length_text, render
+from .cost_tables import CONVENTION, render
 from .decoding import Decoding, decoding
 
 #: The ways of running a model that latency is predicted for.
