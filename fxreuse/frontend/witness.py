@@ -177,7 +177,7 @@ def _uncast(
 ) -> fx.Node:
     """The value before a chain of casts that the twin reads, or what is read already."""
     source = calls.same(read)
-    while source.target is _TO and (cast := twin_of.get(source)) is not None:
+    while source.target in (_TO, _TO_DEVICE) and (cast := twin_of.get(source)) is not None:
         before = _operand(source)
         if twins.origin(_operand(cast)) is twin_origin:
             while before.graph is not read.graph and before in calls.outer:
