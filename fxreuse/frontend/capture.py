@@ -20,7 +20,7 @@ from ..errors import CaptureError, InputError
 from ..program import Argument, CallingConvention, Leaf, Program, fixed_size, kind_of
 from ..record import Note
 from . import guards as guarding
-from .capture_errors import capture_error, first_line
+from .capture_errors import capture_error, first_line, line_at_fault
 from .conversions import idle_conversions
 from .example_sizes import free_shapes, shorten, widen_batch
 from .exported import arguments_of
@@ -152,8 +152,10 @@ def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
         with torch.no_grad():
             model(*inputs.args, **inputs.kwargs)
     except Exception as error:
+        line = line_at_fault(error)
         raise InputError(
-            f"{type(model).__name__} itself fails on these example_inputs: {first_line(error)}. "
+            f"{type(model).__name__} itself fails on these example_inputs: {first_line(error)}"
+            f"{f', at {line}' if line else ''}. "
             f"Pass inputs that it accepts; its forward takes {inspect.signature(model.forward)}."
         ) from error
 
