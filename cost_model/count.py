@@ -13,6 +13,7 @@ import torch
 from ..priors.pruning import SitePruning, unskipped_macs
 from ..program import Program
 from .backward import backward
+from .data_sizes import data_sizes
 from .maps import AttentionMap, attention_maps
 from .operations import Operation, operations_of
 from .parts import Parts
@@ -129,7 +130,7 @@ def count(program: Program, parts: Parts | None = None, pruned: Sequence[SitePru
     for path, parameter in program.module.named_parameters():
         weights[parameter.dtype] += parameter.numel() * parameter.element_size()
         by_module[path.rpartition(".")[0]] += parameter.numel()
-    return Counts(
+    counts = Counts(
         params=sum(by_module.values()),
         weights=dict(weights),
         params_by_module=dict(by_module),
@@ -137,6 +138,8 @@ def count(program: Program, parts: Parts | None = None, pruned: Sequence[SitePru
         maps=tuple(attention_maps(steps)),
         unskipped=unskipped_macs(pruned),
     )
+    known = data_sizes(steps)
+    return counts.replaced(known) if known else counts
 
 
 def total(parts: Iterable[sympy.Expr]) -> sympy.Expr:
