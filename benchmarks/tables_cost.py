@@ -45,4 +45,34 @@ def peak_memory() -> str:
     return github(rows, ["model", "form", "measured, bytes", "predicted, bytes", "ratio"])
 
 
-TABLES = {"flops": flops, "peak_memory": peak_memory}
+def flops_unequal() -> str:
+    """The rows that are not equal in every form, with what keeps them from it."""
+    cells = []
+    for name, row in load("flops")["rows"].items():
+        for form, text in FORMS.items():
+            if form in row and _verdict(row, form) != "equal":
+                one = row[form]
+                why = one.get("refused") or one.get("failed") or "; ".join(f"{a:,} and {b:,}" for a, b in one["macs"])
+                cells.append([name, text, _verdict(row, form).replace("dead", "unread work"), why.replace("|", "\\|")])
+        if "failed" in row:
+            cells.append([name, "", "fails", row["failed"]])
+    return github(cells, ["model", "form", "", "why, or the counts of ours and torch's"])
+
+
+def large_models() -> str:
+    """Seconds and memory of the whole command."""
+    rows = [
+        [
+            found["title"],
+            f"{found['params']:,}",
+            found["plan"] or "none",
+            f"{found['seconds']:.0f}",
+            f"{found['cpu_seconds']:.0f}",
+            f"{found['resident_bytes'] / 2**30:.2f}",
+        ]
+        for found in load("large_models")["models"].values()
+    ]
+    return github(rows, ["model", "parameters", "plan", "seconds", "of processor time", "resident, GiB"])
+
+
+TABLES = {"flops": flops, "flops unequal": flops_unequal, "peak_memory": peak_memory, "large models": large_models}
