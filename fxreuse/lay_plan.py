@@ -64,9 +64,10 @@ class _Laying:
         self._plan = plan
         self._leaves = leaves
         self._layers = {name: len(members) for name, members in sites.stacks.items()}
-        self._blocks: dict[str, Block] = {}
+        self._blocks: dict[tuple[str, bool], Block] = {}
         self._groups: dict[str, tuple[int, ...]] = {}
         self._with_residuals: set[str] = set()
+        self._with_convolutions: set[str] = set()
         self._decisions: tuple[Decision, ...] = ()
         self._removed: dict[str, int] = {}
         self._added: dict[str, int] = {}
@@ -94,22 +95,28 @@ class _Laying:
     def share(self, step: Share) -> None:
         """Lay a share pass."""
         name, leaders = self._grouped(step)
-        self._take(lay_share(self.program, self._block(name), leaders, step))
+        self._take(lay_share(self.program, self._block(name, step.convolutions), leaders, step))
 
     def residual(self, step: Residual) -> None:
         """Lay a residual pass."""
         if step.groups is not None:
             name, leaders = self._grouped(step)
-            self._take(lay_residual(self.program, self._block(name), leaders, step, self._leaves))
+            block = self._block(name, step.convolutions)
+            self._take(lay_residual(self.program, block, leaders, step, self._leaves))
         else:
             name = self._shared_stack(step)
             if name in self._with_residuals:
                 raise PlanError(f"plan {str(self._plan)!r} adds residuals to the stack {name} twice.")
             program = self.program.copy()
             if name in self._groups:
-                groups = groups_at(program, self._block(name), self._groups[name])
+                if step.convolutions and name not in self._with_convolutions:
+                    raise PlanError(
+                        f"plan {str(self._plan)!r}: the weights of convolutions in stack {name} are not shared, so that "
+                        "none can have a residual; write convolutions=yes in the share pass, too."
+                    )
+                groups = groups_at(program, self._block(name, step.convolutions), self._groups[name])
             else:
-                groups = groups_that_share(program, self._sites, name)
+                groups = groups_that_share(program, self._sites, name, step.convolutions)
             self._take(add_to_shared(program, groups, name, step))
         self._with_residuals.add(name)
 
@@ -146,6 +153,8 @@ class _Laying:
                 + ("leave k= out of the residual pass." if isinstance(step, Residual) else "name it once.")
             )
         self._groups[name] = leaders
+        if step.convolutions:
+            self._with_convolutions.add(name)
         return name, leaders
 
     def _shared_stack(self, step: Residual) -> str:
@@ -158,7 +167,7 @@ class _Laying:
         """What makes layers differ in size comes before their weights are shared."""
         if name not in self._groups and name not in self._with_residuals:
             return
-        fused = any(len(parts) > 1 for place in self._block(name).places for parts in place.parts)
+        fused = any(len(parts) > 1 for place in self._block(name, name in self._with_convolutions).places for parts in place.parts)
         if step.values == 1 and step.ffn is None and not fused:
             return
         reason = "queries, keys and values are fused in one weight" if fused else "it changes the sizes of weights"
@@ -167,10 +176,11 @@ class _Laying:
             f"{reason}; write the reuse pass first."
         )
 
-    def _block(self, name: str) -> Block:
-        if name not in self._blocks:
-            self._blocks[name] = find_block(self._captured, self._sites, name)
-        return self._blocks[name]
+    def _block(self, name: str, convolutions: bool = False) -> Block:
+        key = name, convolutions
+        if key not in self._blocks:
+            self._blocks[key] = find_block(self._captured, self._sites, name, convolutions)
+        return self._blocks[key]
 
     def _take(self, done: Weights) -> None:
         self.program = done.program

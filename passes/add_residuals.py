@@ -11,9 +11,11 @@ from torch import fx
 
 from fxreuse.errors import UnsupportedError
 from fxreuse.finding.contractions import contraction
-from fxreuse.layouts.projections import Projection, hints
+from fxreuse.finding.follow import packet
+from fxreuse.layouts.projections import Projection, hints, take_place
 from fxreuse.nodes import call
 from fxreuse.program import Program
+from fxreuse.residual_linear import merged_weight, residual_linear
 from fxreuse.tree import free_path
 from fxreuse.weights.parts import contiguous, in_order
 
@@ -23,6 +25,8 @@ from .weight_groups import Member
 
 _aten = torch.ops.aten
 _Insert = Callable[..., fx.Node]
+#: Operators that are ``x W + b`` for an x with features last.
+_LINEAR = frozenset({_aten.linear, _aten.addmm, _aten.matmul, _aten.mm})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,9 @@ def _add_product(program: Program, member: Member, residuals: Sequence[Residual]
     def insert(target: Any, *args: Any) -> fx.Node:
         return call(graph, target, args, {}, like=result)
 
+    if _is_linear(member):
+        _take_all(program, member, residuals)
+        return
     with graph.inserting_before(result.next):
         x = _to_last(insert, projection.source, projection.input_feature)
         added = [
@@ -120,6 +127,39 @@ def _add_product(program: Program, member: Member, residuals: Sequence[Residual]
     for reader in readers:
         reader.replace_input_with(result, made)
     result.name, made.name = made.name, result.name
+
+
+def _is_linear(member: Member) -> bool:
+    """Whether a projection is ``x W + b``, features last, whose matrices follow one another."""
+    projection = member.projection
+    ranks = {len(node.meta["val"].shape) for node in (projection.source, projection.result)}
+    return (
+        packet(projection.node) in _LINEAR
+        and not projection.node.kwargs
+        and len(ranks) == 1
+        and ranks == {projection.feature + 1, projection.input_feature + 1}
+        and in_order(member.parts)
+    )
+
+
+def _take_all(program: Program, member: Member, residuals: Sequence[Residual]) -> None:
+    """One call of `residual_linear` for a projection and its residuals."""
+    projection, graph = member.projection, program.graph
+    result, weight = projection.result, projection.weights[-1]
+    bias = projection.biases[-1] if projection.biases else None
+    with graph.inserting_before(result.next):
+        if _axis_of_outputs(projection) == 1:
+            weight = call(graph, _aten.t.default, (weight,), {}, like=result)
+        factors = [(residual.a, residual.b, residual.d) for residual in residuals]
+        made = call(graph, residual_linear, (projection.source, weight, bias, factors), {}, like=result)
+    take_place(made, result)
+    if not projection.node.users and projection.node is not result:
+        graph.erase_node(projection.node)
+
+
+def _axis_of_outputs(projection: Projection) -> int:
+    """The axis of output features of the weight as the product reads it."""
+    return 1 - projection.axis if projection.turned else projection.axis
 
 
 def _product(insert: _Insert, x: fx.Node, residual: Residual, shape: tuple[int, int]) -> fx.Node:
@@ -142,26 +182,26 @@ def _merge(program: Program, member: Member, residuals: Sequence[Residual]) -> N
     """``x (U + A B + D)``, in place of the weight as the product reads it."""
     projection, graph = member.projection, program.graph
     weight, reader = projection.weights[-1], projection.node
-    outputs = 1 - projection.axis if projection.turned else projection.axis
+    outputs = _axis_of_outputs(projection)
+    kernel = list(weight.meta["val"].shape)[2:]
 
     def insert(target: Any, *args: Any) -> fx.Node:
         return call(graph, target, args, {}, like=reader)
 
     with graph.inserting_before(reader):
+        whole = insert(_aten.flatten.using_ints, weight, 1) if kernel else weight
         merged = []
         for part, residual in zip(member.parts, residuals, strict=True):
-            own = (
-                weight if len(member.parts) == 1 else _features(program, insert, member, weight, outputs, part.features)
-            )
-            if residual.d is not None:
-                diagonal = insert(_aten.add.Tensor, insert(_aten.diagonal.default, own), residual.d)
-                own = insert(_aten.diagonal_scatter.default, own, diagonal)
+            several = len(member.parts) > 1
+            own = _features(program, insert, member, whole, outputs, part.features) if several else whole
             if outputs == 0:
                 left, right = (insert(_aten.t.default, node) for node in (residual.b, residual.a))
             else:
                 left, right = residual.a, residual.b
-            merged.append(insert(_aten.addmm.default, own, left, right))
-        reader.replace_input_with(weight, _joined(program, insert, member, merged, outputs))
+            merged.append(insert(merged_weight, own, left, right, residual.d))
+        made = _joined(program, insert, member, merged, outputs)
+        made = insert(_aten.reshape.default, made, [*made.meta["val"].shape, *kernel]) if kernel else made
+        reader.replace_input_with(weight, made)
 
 
 def _features(

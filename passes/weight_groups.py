@@ -88,8 +88,12 @@ def _remaining(parts: tuple[Part, ...], projection: Projection) -> tuple[Part, .
     return (dataclasses.replace(left, features=torch.arange(width)),)
 
 
-def groups_that_share(program: Program, sites: AttentionSites, stack: str) -> list[WeightGroup]:
+def groups_that_share(
+    program: Program, sites: AttentionSites, stack: str, convolutions: bool = False
+) -> list[WeightGroup]:
     """The projections of a stack's layers, in groups that read one parameter already.
+
+    ``convolutions`` says whether those over one position are among them.
 
     Raises:
         PlanError: where no two layers share any.
@@ -100,7 +104,7 @@ def groups_that_share(program: Program, sites: AttentionSites, stack: str) -> li
     for number, layer in enumerate(layers):
         own = [site for site in sites if site.layer_path == layer]
         operands = operands_of(program, own)
-        for projection in projections_of(program, nodes[layer], own):
+        for projection in projections_of(program, nodes[layer], own, convolutions):
             key = id(_parameter(program, projection)), str(projection.rows.tolist())
             members = groups.setdefault(key, [])
             owner = members[0].path if members else layer

@@ -12,10 +12,10 @@ from fxreuse.plans.plan import Plan, Reuse
 from fxreuse.plans.plan_weights import Residual, Share
 from fxreuse.plans.stack_choice import choose_named_stack, choose_stack
 
-SHARE = "share takes k=3 or groups such as 3+3+2, stack=NAME, bias=shared|own, init=first|mean"
+SHARE = "share takes k=3 or groups such as 3+3+2, stack=NAME, bias=shared|own, init=first|mean, convolutions=yes|no"
 RESIDUAL = (
     "residual takes k=3 or groups such as 3+3+2, r=16, stack=NAME, diagonal=yes|no, bias=shared|own, init=fit|zero, "
-    "lowering=auto|factored|merged"
+    "lowering=auto|factored|merged, convolutions=yes|no"
 )
 
 sizes = st.integers(1, 40)
@@ -27,11 +27,11 @@ groups = st.one_of(
     st.just(Leaders((0, 1, 0, 1))),
 )
 biases = st.sampled_from(["shared", "own"])
-shares = st.builds(Share, groups, names, biases, st.sampled_from(["first", "mean"]))
+shares = st.builds(Share, groups, names, biases, st.sampled_from(["first", "mean"]), st.booleans())
 fits, lowerings = st.sampled_from(["fit", "zero"]), st.sampled_from(["auto", "factored", "merged"])
 residuals = st.one_of(
-    st.builds(Residual, sizes, groups, names, st.booleans(), biases, fits, lowerings),
-    st.builds(Residual, sizes, st.none(), names, st.booleans(), init=fits, lowering=lowerings),
+    st.builds(Residual, sizes, groups, names, st.booleans(), biases, fits, lowerings, st.booleans()),
+    st.builds(Residual, sizes, st.none(), names, st.booleans(), init=fits, lowering=lowerings, convolutions=st.booleans()),
 )
 plans = st.lists(st.one_of(shares, residuals, st.just(Reuse(Open(2)))), min_size=1, max_size=4)
 
@@ -50,6 +50,8 @@ def test_a_plan_is_what_its_text_says(plan: Plan) -> None:
         ("share bias=own 3+3+2", Share(Sizes((Run(3), Run(3), Run(2))), bias="own")),
         ("residual r=16 k=3", Residual(16, Open(3))),
         ("residual k=3 r=2 diagonal=no init=zero", Residual(2, Open(3), diagonal=False, init="zero")),
+        ("share k=2 convolutions=yes", Share(Open(2), convolutions=True)),
+        ("residual convolutions=yes k=2 r=3", Residual(3, Open(2), convolutions=True)),
         ("residual r=8 stack=encoder lowering=merged", Residual(8, stack="encoder", lowering="merged")),
     ],
 )
@@ -79,6 +81,11 @@ def test_forms(text, step):
             "residual k=2 r=3 lowring=merged",
             "plan 'residual k=2 r=3 lowring=merged', 'lowring=merged' at character 18: unknown option "
             f"(did you mean lowering?); {RESIDUAL}",
+        ),
+        (
+            "share k=2 convolutions=true",
+            "plan 'share k=2 convolutions=true', 'convolutions=true' at character 11: convolutions= takes one of yes, "
+            "no, found 'true'",
         ),
         ("share k=2 k=3", "plan 'share k=2 k=3', 'k=3' at character 11: a pass has groups once"),
         ("residual r=2 r=3", "plan 'residual r=2 r=3', 'r=3' at character 14: r= is given twice"),

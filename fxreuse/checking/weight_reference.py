@@ -32,7 +32,7 @@ def put_weights(original: torch.nn.Module, rewritten: torch.nn.Module, record: R
     made: dict[str, torch.Tensor] = {}
     for one in record.matrices:
         weight = _own(made, original, one.weight)
-        weight.movedim(one.axis, 0)[list(one.rows)] = dense(rewritten, one).t().to(weight.dtype)
+        _as_matrix(weight).movedim(one.axis, 0)[list(one.rows)] = dense(rewritten, one).t().to(weight.dtype)
         if one.bias is not None and one.shared_bias is not None:
             bias = _own(made, original, one.bias)
             bias[list(one.rows)] = rewritten.get_parameter(one.shared_bias).detach()[list(one.shared_rows)]
@@ -43,7 +43,7 @@ def put_weights(original: torch.nn.Module, rewritten: torch.nn.Module, record: R
 
 def dense(rewritten: torch.nn.Module, one: SharedMatrix) -> torch.Tensor:
     """The matrix that a layer works with, inputs × outputs: U + A B + D (ResidualTransformer, eq. 2 and 3)."""
-    shared = rewritten.get_parameter(one.shared).detach().movedim(one.axis, 0)[list(one.shared_rows)]
+    shared = _as_matrix(rewritten.get_parameter(one.shared).detach()).movedim(one.axis, 0)[list(one.shared_rows)]
     matrix = shared.t().clone()
     parts = {letter: rewritten.get_parameter(path).detach() for letter, path in one.residual.items()}
     if parts:
@@ -51,6 +51,11 @@ def dense(rewritten: torch.nn.Module, one: SharedMatrix) -> torch.Tensor:
     if "D" in parts:
         matrix.diagonal().add_(parts["D"])
     return matrix
+
+
+def _as_matrix(parameter: torch.Tensor) -> torch.Tensor:
+    """A view without the axes of a kernel, which has one position, where the parameter is that of a convolution."""
+    return parameter[(..., *[0] * (parameter.dim() - 2))]
 
 
 def _own(made: dict[str, torch.Tensor], original: torch.nn.Module, path: str) -> torch.Tensor:

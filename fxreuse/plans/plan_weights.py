@@ -2,9 +2,9 @@
 
 ::
 
-    share    := "share" groups { stack=NAME  bias=shared|own  init=first|mean }
+    share    := "share" groups { stack=NAME  bias=shared|own  init=first|mean  convolutions=yes|no }
     residual := "residual" [ groups ] r=16 { stack=NAME  diagonal=yes|no  bias=shared|own  init=fit|zero
-                lowering=auto|factored|merged }
+                lowering=auto|factored|merged  convolutions=yes|no }
 
 Groups are ``k=3`` (three layers a group to the end of the stack) or any form of `groups` without heads, such as
 ``3+3+2``. Terms may stand in any order.
@@ -38,6 +38,7 @@ class Share:
         stack: the stack, by its name or a unique part of it; None for the only one that the groups fit.
         bias: ``shared`` with the weight, or each layer's ``own``.
         init: what a group starts from: the weights of its ``first`` layer, or the ``mean`` of its layers'.
+        convolutions: whether convolutions over one position, which are projections of each, take part.
 
     Raises:
         PlanError: an option has a value that it cannot have.
@@ -50,6 +51,7 @@ class Share:
     stack: str | None = None
     bias: str = "shared"
     init: str = "first"
+    convolutions: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.groups, Groups):
@@ -61,7 +63,8 @@ class Share:
 
     def __str__(self) -> str:
         options = {"stack": self.stack, "bias": self.bias, "init": self.init}
-        return _written("share", self.groups, options, {"bias": "shared", "init": "first"})
+        options["convolutions"] = _written_yes_no(self.convolutions)
+        return _written("share", self.groups, options, {"bias": "shared", "init": "first", "convolutions": "no"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Residual:
         init: ``fit`` to the weights that there are, or ``zero``: what the shared weights alone compute.
         lowering: how it is computed: ``auto`` (the cheaper one), ``factored`` (products of the input with each part)
             or ``merged`` (the weight is put together first).
+        convolutions: whether convolutions over one position, which are projections of each, take part.
 
     Raises:
         PlanError: an option has a value that it cannot have.
@@ -92,6 +96,7 @@ class Residual:
     bias: str = "shared"
     init: str = "fit"
     lowering: str = "auto"
+    convolutions: bool = False
 
     def __post_init__(self) -> None:
         check_count("r", self.rank, "the rank of a residual")
@@ -105,9 +110,10 @@ class Residual:
         _check_word("lowering", self.lowering, LOWERINGS)
 
     def __str__(self) -> str:
-        options = {"r": self.rank, "stack": self.stack, "diagonal": "yes" if self.diagonal else "no"}
+        options = {"r": self.rank, "stack": self.stack, "diagonal": _written_yes_no(self.diagonal)}
         options |= {"bias": self.bias, "init": self.init, "lowering": self.lowering}
-        usual = {"diagonal": "yes", "bias": "shared", "init": "fit", "lowering": "auto"}
+        options["convolutions"] = _written_yes_no(self.convolutions)
+        usual = {"diagonal": "yes", "bias": "shared", "init": "fit", "lowering": "auto", "convolutions": "no"}
         return _written("residual", self.groups, options, usual)
 
 
@@ -157,6 +163,7 @@ _SHARE: _Readers = {
     "stack": ("stack", _read_stack),
     "bias": ("bias", _reader_of(BIASES)),
     "init": ("init", _reader_of(STARTS)),
+    "convolutions": ("convolutions", _read_yes_no),
 }
 _RESIDUAL: _Readers = {
     "k": ("groups", read_size),
@@ -166,11 +173,13 @@ _RESIDUAL: _Readers = {
     "bias": ("bias", _reader_of(BIASES)),
     "init": ("init", _reader_of(FITS)),
     "lowering": ("lowering", _reader_of(LOWERINGS)),
+    "convolutions": ("convolutions", _read_yes_no),
 }
 _KNOWN = {
-    "share": "k=3 or groups such as 3+3+2, stack=NAME, bias=shared|own, init=first|mean",
+    "share": "k=3 or groups such as 3+3+2, stack=NAME, bias=shared|own, init=first|mean, "
+    "convolutions=yes|no",
     "residual": "k=3 or groups such as 3+3+2, r=16, stack=NAME, diagonal=yes|no, bias=shared|own, init=fit|zero, "
-    "lowering=auto|factored|merged",
+    "lowering=auto|factored|merged, convolutions=yes|no",
 }
 #: The words that these passes begin with.
 PASSES = tuple(_KNOWN)
@@ -233,6 +242,10 @@ def _check_groups(groups: Groups) -> None:
 def _check_word(name: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
         raise PlanError(f"{name}= takes one of {', '.join(known)}, found {value!r}{did_you_mean(str(value), known)}")
+
+
+def _written_yes_no(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _written(word: str, groups: Groups | None, options: Mapping[str, object], usual: Mapping[str, object]) -> str:

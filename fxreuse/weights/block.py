@@ -20,7 +20,7 @@ from torch import fx
 from ..attention import AttentionSite, AttentionSites
 from ..emission.outline import layer_nodes
 from ..errors import UnsupportedError
-from ..finding.contractions import is_convolution
+from ..finding.contractions import contraction, is_convolution
 from ..finding.follow import aten, packet
 from ..layouts.projections import Projection, is_parameter, read_projection
 from ..program import Program
@@ -50,16 +50,17 @@ class Block:
     places: tuple[Place, ...]
 
 
-def find_block(program: Program, sites: AttentionSites, stack: str) -> Block:
+def find_block(program: Program, sites: AttentionSites, stack: str, convolutions: bool = False) -> Block:
     """The block that a stack repeats.
 
     All projections of the layers take part: products of a value with a matrix of parameters, whatever operator they are
-    written with, but for convolutions and for what is computed between queries, keys and the map.
+    written with, but for convolutions (see `projections_of`) and for what is computed between queries, keys and the map.
 
     Arguments:
         program: a normalised program, before any pass that makes layers differ.
         sites: its attentions.
         stack: the name of one of its stacks.
+        convolutions: whether convolutions over one position take part.
 
     Raises:
         UnsupportedError: where the layers are no module calls of their own, or have other projections from one another.
@@ -72,7 +73,7 @@ def find_block(program: Program, sites: AttentionSites, stack: str) -> Block:
         )
     nodes = layer_nodes(program.graph, layers)
     own = {layer: [site for site in sites if site.layer_path == layer] for layer in layers}
-    found = {layer: projections_of(program, nodes[layer], own[layer]) for layer in layers}
+    found = {layer: projections_of(program, nodes[layer], own[layer], convolutions) for layer in layers}
     tags = [_tags(own[layer]) for layer in layers]
     colours = _colours(program, [nodes[layer] for layer in layers], tags, [found[layer] for layer in layers])
     order = _aligned(layers, colours)
@@ -87,13 +88,21 @@ def find_block(program: Program, sites: AttentionSites, stack: str) -> Block:
     return Block(stack, layers, tuple(places))
 
 
-def projections_of(program: Program, nodes: Iterable[fx.Node], sites: Iterable[AttentionSite]) -> list[Projection]:
-    """The projections among the nodes of a layer, in order; those that are part of making a map are left out."""
+def projections_of(
+    program: Program, nodes: Iterable[fx.Node], sites: Iterable[AttentionSite], convolutions: bool = False
+) -> list[Projection]:
+    """The projections among the nodes of a layer, in order; those that are part of making a map are left out.
+
+    With ``convolutions`` those over one position (kernel and stride 1, no padding, one group) are among them, which
+    project the channels of each position; wider ones never are.
+    """
     nodes = list(nodes)
     excluded = set().union(*(_between(nodes, site) for site in sites))
     found: dict[fx.Node, Projection] = {}
     for node in nodes:
-        projection = None if node in excluded or is_convolution(node) else read_projection(program, node)
+        if node in excluded or (is_convolution(node) and not (convolutions and contraction(node))):
+            continue
+        projection = read_projection(program, node)
         if projection is not None and projection.node not in excluded:
             found[projection.node] = projection
     return list(found.values())

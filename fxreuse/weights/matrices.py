@@ -16,7 +16,8 @@ def read_matrix(parameter: torch.Tensor, projection: Projection, features: torch
         features: which output features.
     """
     rows, columns = _indices(parameter, projection, features)
-    found = parameter.detach().index_select(projection.axis, rows).index_select(projection.inputs, columns)
+    found = as_matrix(parameter.detach()).index_select(projection.axis, rows)
+    found = found.index_select(projection.inputs, columns)
     return found.t() if projection.axis == 0 else found
 
 
@@ -25,10 +26,20 @@ def write_matrix(parameter: torch.Tensor, projection: Projection, features: torc
     rows, columns = _indices(parameter, projection, features)
     matrix = matrix.to(parameter.dtype)
     with torch.no_grad():
+        place = as_matrix(parameter)
         if projection.axis == 0:
-            parameter[rows[:, None], columns] = matrix.t()
+            place[rows[:, None], columns] = matrix.t()
         else:
-            parameter[columns[:, None], rows] = matrix
+            place[columns[:, None], rows] = matrix
+
+
+def as_matrix(parameter: torch.Tensor) -> torch.Tensor:
+    """A view of two dimensions: of a convolution over one position without the axes of its kernel.
+
+    >>> as_matrix(torch.zeros(4, 3, 1)).shape
+    torch.Size([4, 3])
+    """
+    return parameter[(..., *[0] * (parameter.dim() - 2))]
 
 
 def _indices(

@@ -1,0 +1,107 @@
+"""Products with a shared weight and residuals as functions, which in inference add everything up in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+#: A (inputs × rank), B (rank × outputs), and D (the smaller of inputs and outputs) or None.
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def residual_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residuals: Sequence[Factors]
+) -> torch.Tensor:
+    """``x Wᵀ + b``, and for each residual ``(x A) B + x ∘ D`` on output features of its own.
+
+    ``x ∘ D`` is x, cut to D's length, times D; the features beyond that get nothing of it. In inference the products
+    are added up in place, in a tensor that is new, so that the result is written once less for each of them. Where
+    gradients are recorded, a graph is traced, or a transform or autocast is at work, there are separate operators only,
+    which those know. Both are the same sum (ResidualTransformer, eq. 2 and 3).
+
+    Arguments:
+        x: (…, inputs).
+        weight: outputs × inputs.
+        bias: outputs, or None.
+        residuals: their outputs make up those of the weight, in order.
+
+    Returns:
+        (…, outputs).
+
+    >>> a, b, d = torch.ones(2, 1), torch.ones(1, 3), torch.tensor([1.0, 10.0])
+    >>> residual_linear(torch.tensor([[1.0, 2.0]]), torch.zeros(3, 2), None, [(a, b, d)])
+    tensor([[ 4., 23.,  3.]])
+    """
+    if _is_plain_inference(x, weight):
+        return _in_place(x.reshape(-1, x.shape[-1]), weight, bias, residuals).view(*x.shape[:-1], len(weight))
+    added = [residual_product(x, *residual) for residual in residuals]
+    return F.linear(x, weight, bias) + (added[0] if len(added) == 1 else torch.cat(added, -1))
+
+
+def residual_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor | None) -> torch.Tensor:
+    """``(x A) B + x ∘ D``, features last.
+
+    >>> residual_product(torch.tensor([1.0, 2.0]), torch.zeros(2, 1), torch.zeros(1, 3), torch.tensor([5.0, 7.0]))
+    tensor([ 5., 14.,  0.])
+    """
+    made = x @ a @ b
+    if d is None:
+        return made
+    # Autocast computes products in another type than the parameters': what is added takes that.
+    scaled = (x[..., : len(d)] * d).type_as(made)
+    return made + F.pad(scaled, (0, b.shape[1] - len(d)))
+
+
+def merged_weight(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, d: torch.Tensor | None
+) -> torch.Tensor:
+    """``weight + left · right``, with ``d`` added to the diagonal: a matrix with its residual, put together.
+
+    >>> merged_weight(torch.zeros(2, 2), torch.ones(2, 1), torch.ones(1, 2), torch.tensor([1.0, 2.0]))
+    tensor([[2., 1.],
+            [1., 3.]])
+    """
+    if d is None:
+        return torch.addmm(weight, left, right)
+    if _is_plain_inference(weight, left):
+        made = torch.addmm(weight, left, right)
+        made.diagonal().add_(d)
+        return made
+    return torch.addmm(torch.diagonal_scatter(weight, weight.diagonal() + d), left, right)
+
+
+def _in_place(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residuals: Sequence[Factors]
+) -> torch.Tensor:
+    (_, _, first), *others = residuals
+    covered = first is not None and not others and len(first) == len(weight)
+    if first is not None and covered:
+        # The diagonal takes the place of the copies of the bias that the product is added to.
+        cut = rows[:, : len(first)]
+        made = cut * first if bias is None else torch.addcmul(bias, cut, first)
+        made.addmm_(rows, weight.t())
+    else:
+        made = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    start = 0
+    for a, b, d in residuals:
+        own = made[:, start : start + b.shape[1]] if others else made
+        start += b.shape[1]
+        own.addmm_(rows @ a, b)
+        if d is not None and not covered:
+            own[:, : len(d)].addcmul_(rows[:, : len(d)], d)
+    return made
+
+
+def _is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether nothing but plain tensors is computed, and nothing looks at how."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) in _PLAIN and type(weight) in _PLAIN
