@@ -84,7 +84,11 @@ class CostReport:
     @functools.cached_property
     def numbers(self) -> tuple[tuple[Numbers, Numbers], ...]:
         """Before and after at every size of the tables."""
-        return tuple((self.before.at(**sizes), self.after.at(**sizes)) for sizes in self.at)
+        found = []
+        for sizes in self.at:
+            before = self.before.at(**sizes)
+            found.append((before, before if self.after is self.before else self.after.at(**sizes)))
+        return tuple(found)
 
     @property
     def running(self) -> str:
@@ -114,16 +118,19 @@ class CostReport:
             before, after = zip(*((getattr(b, field), getattr(a, field)) for b, a in self.numbers), strict=True)
             return Row(name, unit, before, after)
 
+        pruned = self.after.macs_algorithmic != self.after.macs
         return (
             row("MACs", "MAC", "macs"),
+            *([row("MACs, as pruned", "MAC", "macs_algorithmic")] if pruned else []),
             row("attention maps, written out", "B", "map_bytes"),
             row("bytes moved", "B", "bytes_moved"),
             row("peak memory", "B", "peak_bytes"),
-            *(
-                Row(f"latency, {way}", "s", self._seconds(self.before, way), self._seconds(self.after, way))
-                for way in WAYS
-            ),
+            *(Row(f"latency, {way}", "s", *self._latencies(way)) for way in WAYS),
         )
+
+    def _latencies(self, way: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        before = self._seconds(self.before, way)
+        return before, before if self.after is self.before else self._seconds(self.after, way)
 
     def _seconds(self, summary: Summary, way: str) -> tuple[float, ...]:
         return tuple(self.latency(summary, way, sizes).seconds for sizes in self.at)
