@@ -28,6 +28,7 @@ from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
 from .named_keywords import named_keywords
 from .quiet import quiet_export
+from .shortcuts import compiled_when_run, numbers_remembered
 from .training import probe
 from .unrewritable import refuse_flex_attention, refuse_unrewritable
 from .untouched import untouched
@@ -169,7 +170,7 @@ def _tracing(model: torch.nn.Module) -> Iterator[None]:
     """
     free_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     results_kept = torch._dynamo.config.patch(fake_tensor_cache_enabled=_most_repeated(model) >= _MANY_LAYERS)
-    with quiet_export(), free_sizes, results_kept, idle_conversions():
+    with quiet_export(), free_sizes, results_kept, idle_conversions(), numbers_remembered(), compiled_when_run():
         yield
 
 
