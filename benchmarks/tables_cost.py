@@ -7,6 +7,7 @@ from typing import Any
 
 from table_text import github, load
 
+_LONGEST = 160
 FORMS = {"original": "as it is", "materialize": "rewritten, materialize", "recompute": "rewritten, recompute"}
 
 
@@ -53,10 +54,16 @@ def flops_unequal() -> str:
             if form in row and _verdict(row, form) != "equal":
                 one = row[form]
                 why = one.get("refused") or one.get("failed") or "; ".join(f"{a:,} and {b:,}" for a, b in one["macs"])
-                cells.append([name, text, _verdict(row, form).replace("dead", "unread work"), why.replace("|", "\\|")])
+                cells.append([name, text, _verdict(row, form).replace("dead", "unread work"), _short(why)])
         if "failed" in row:
-            cells.append([name, "", "fails", row["failed"]])
+            cells.append([name, "", "not captured", _short(row["failed"])])
     return github(cells, ["model", "form", "", "why, or the counts of ours and torch's"])
+
+
+def _short(reason: str) -> str:
+    """A reason that fits into a table."""
+    text = reason.replace("|", "\\|")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rsplit(' ', 1)[0]} …"
 
 
 def large_models() -> str:

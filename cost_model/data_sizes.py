@@ -75,8 +75,7 @@ def _number(step: Step, known: Mapping[int, sympy.Expr]) -> sympy.Expr | None:
     node, result = step.node, step.node.meta.get("val")
     if node.op == "get_attr":
         held = next(iter(step.tensors.values()), None)
-        plain = isinstance(held, torch.Tensor) and held.numel() == 1 and not held.is_floating_point()
-        return sympy.Integer(int(held)) if plain and not held.is_meta and held.dtype != torch.bool else None  # type: ignore[arg-type]
+        return None if held is None else _held(held)
     if isinstance(result, torch.SymInt) and not _from_data(result.node.expr):
         return result.node.expr
     if isinstance(result, torch.Tensor) and (elements(node) != 1 or result.is_floating_point()):
@@ -89,6 +88,13 @@ def _number(step: Step, known: Mapping[int, sympy.Expr]) -> sympy.Expr | None:
     if any(argument is None for argument in given):
         return None
     return given[0] if name in _SAME else _ARITHMETIC[name](*given)
+
+
+def _held(tensor: torch.Tensor) -> sympy.Expr | None:
+    """The integer in a tensor of one element that the model holds."""
+    if tensor.is_meta or tensor.numel() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return None
+    return sympy.Integer(int(tensor))
 
 
 def _operand(argument: Any, step: Step, known: Mapping[int, sympy.Expr]) -> sympy.Expr | None:

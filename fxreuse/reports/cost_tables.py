@@ -71,10 +71,10 @@ def bytes_text(size: float) -> str:
 def time_text(seconds: float) -> str:
     """A time for people.
 
-    >>> time_text(0.0123), time_text(2.5)
-    ('12.3 ms', '2.50 s')
+    >>> time_text(0.0123), time_text(0.9996), time_text(2.5)
+    ('12.3 ms', '1.00 s', '2.50 s')
     """
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
 
 
 def count_text(number: float) -> str:
