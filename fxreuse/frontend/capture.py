@@ -126,7 +126,8 @@ def export(
                 shapes = free_shapes(model, given, fixed_lengths) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
-                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+                with contextlib.nullcontext() if strict else compiled_when_run():
+                    exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
         except Exception as error:
             refuse_flex_attention(error, type(model).__name__)
             errors.append((how, error))
@@ -170,7 +171,7 @@ def _tracing(model: torch.nn.Module) -> Iterator[None]:
     """
     free_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     results_kept = torch._dynamo.config.patch(fake_tensor_cache_enabled=_most_repeated(model) >= _MANY_LAYERS)
-    with quiet_export(), free_sizes, results_kept, idle_conversions(), numbers_remembered(), compiled_when_run():
+    with quiet_export(), free_sizes, results_kept, idle_conversions(), numbers_remembered():
         yield
 
 

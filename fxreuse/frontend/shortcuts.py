@@ -38,7 +38,8 @@ def numbers_remembered() -> Iterator[None]:
 def compiled_when_run() -> Iterator[None]:
     """Meanwhile, graphs that torch makes are compiled when they are run.
 
-    Of those that an export makes on its way none is, and each of its steps would compile anew.
+    Of those that a non-strict export makes on its way none is, and each of its steps would compile anew. A strict one
+    reads what only compiling leaves in a graph module.
 
     >>> import torch
     >>> from torch.fx.experimental.proxy_tensor import make_fx
