@@ -25,6 +25,11 @@ import torch
 from torch import nn
 
 import fxreuse
+from fxreuse.apply import rewrite
+from fxreuse.attention import AttentionSites
+from fxreuse.finding.find import find
+from fxreuse.frontend.load import load_program
+from fxreuse.program import Program
 
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT)]
@@ -47,13 +52,22 @@ def frames(length: int, tiny: bool) -> tuple[torch.Tensor]:
     return (torch.randn(1, length, 32 if tiny else 512),)
 
 
+@functools.cache
+def captured(layers: int, length: int, tiny: bool) -> tuple[nn.Module, Program, AttentionSites]:
+    """The dense model, its program at a length, and its attentions: one capture for all plans."""
+    model = dense(layers, tiny)
+    program = load_program(model, frames(length, tiny))
+    return model, program, find(program)
+
+
 def prepared(plan: str, layers: int, length: int, tiny: bool) -> nn.Module:
     """The dense model under a plan, captured at a length; kept in a file."""
     PREPARED.mkdir(exist_ok=True)
     name = f"{plan} {layers} {length}{' tiny' if tiny else ''}".replace(" ", "_")
     path = PREPARED / f"{name}.pt"
     if not path.exists():
-        torch.save(fxreuse.apply(dense(layers, tiny), plan, frames(length, tiny)), path)
+        model, program, sites = captured(layers, length, tiny)
+        torch.save(rewrite(program, sites, fxreuse.Plan.parse(plan), model), path)
     return torch.load(path, weights_only=False)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -13,6 +14,7 @@ from torch import fx
 
 from .aliasing import contiguous, strides
 from .attention_time import KEY_BLOCK, visible_part
+from .macs import RESIDUAL_LINEAR
 from .operations import Access, Operation
 from .sizes import operands, product, shape, tensor
 
@@ -97,8 +99,37 @@ def kernels_of(operation: Operation, at: At, eager_cpu: bool = True) -> list[Ker
 
 def _linear(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kernel]:
     """A product with one matrix of weights, whatever the batch."""
+    if operation.op == RESIDUAL_LINEAR:
+        yield from _residual_linear(operation, at)
+        return
     batch, m, n, k = _product_sizes(operation, at)
     yield _base(operation, at, "linear", product=(1, batch * m, n, k), dispatch="linear")
+
+
+def _residual_linear(operation: Operation, at: At) -> Iterator[Kernel]:
+    """`fxreuse.residual_linear`: the product with the weight, and for each residual three more into the same result."""
+    source, weight, bias, residuals = operands(operation.step.node)
+    *outer, inputs = map(at, shape(source))
+    rows, outputs = math.prod(outer), at(operation.shapes[-1][-1])
+    sizes = {access.storage: at(access.bytes) for access in operation.reads}
+    writes = _accesses(operation.writes, at)
+
+    def read(*nodes: fx.Node | None) -> tuple[tuple[int, int], ...]:
+        storages = [operation.step.values[node].storage for node in nodes if node is not None]
+        return tuple((storage, sizes[storage]) for storage in storages)
+
+    def kernel(family: str, reads: tuple[tuple[int, int], ...], dispatch: str, **rest: Any) -> Kernel:
+        return Kernel(operation, family, reads=reads, dispatch=dispatch, **rest)
+
+    product = (1, rows, outputs, inputs)
+    yield kernel("linear", read(source, weight, bias), "linear", product=product, writes=writes)
+    for a, b, d in residuals:
+        rank, count = map(at, shape(b))
+        yield kernel("linear", read(source, a), "linear", product=(1, rows, rank, inputs))
+        yield kernel("linear", read(b), "linear", product=(1, rows, count, rank), writes=writes, kept=True)
+        if d is not None:
+            elements = rows * at(shape(d)[0])
+            yield kernel("add", read(source, d), "element", elements=elements, writes=writes, kept=True)
 
 
 def _product(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kernel]:

@@ -17,6 +17,7 @@ from torch import fx
 
 from ..errors import UnsupportedError
 from ..map_workspace import attention_map
+from ..residual_linear import merged_weight, residual_linear
 from .einsum import einsum_macs
 from .sizes import elements, operands, operator_name, product, shape
 
@@ -216,6 +217,20 @@ STORED_MAP = f"{attention_map.__module__}.{attention_map.__qualname__}"
 def _stored_map(node: fx.Node) -> sympy.Expr:
     """Every (batch, head, query, key) takes the query's width."""
     return elements(node) * shape(operands(node)[0])[-1]
+
+
+#: A product with a shared weight and its residuals, and the putting together of a weight with its residual.
+RESIDUAL_LINEAR, MERGED_WEIGHT = (f"{one.__module__}.{one.__qualname__}" for one in (residual_linear, merged_weight))
+formula(MERGED_WEIGHT)(_added_product)
+
+
+@formula(RESIDUAL_LINEAR)
+def _residual_linear(node: fx.Node) -> sympy.Expr:
+    """Each row meets the weight, and A and B of every residual."""
+    source, weight, _, residuals = operands(node)
+    inputs, rows = shape(source)[-1], product(shape(source)[:-1])
+    low_rank = [shape(b)[0] * (inputs + shape(b)[1]) for _, b, _ in residuals]
+    return rows * sympy.Add(product(shape(weight)), *low_rank)
 
 
 #: Operators that compute an attention whole, map and context.

@@ -1,7 +1,7 @@
 """Shared weights with residuals on a trained model: the error of the fit against its rank, and training from it.
 
-    python examples/residual_transformer.py                # a few minutes on two cores
-    python examples/residual_transformer.py --steps 100    # a quick look
+    python examples/residual_transformer.py                # about five minutes on one core
+    python examples/residual_transformer.py --steps 100    # a quick look: a minute and a half
     python examples/residual_transformer.py --save benchmarks/results/residual_example.json
 
 A character model is trained on the language reference that comes with Python (`pydoc_data.topics`, about 700 kB of

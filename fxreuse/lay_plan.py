@@ -111,8 +111,8 @@ class _Laying:
             if name in self._groups:
                 if step.convolutions and name not in self._with_convolutions:
                     raise PlanError(
-                        f"plan {str(self._plan)!r}: the weights of convolutions in stack {name} are not shared, so that "
-                        "none can have a residual; write convolutions=yes in the share pass, too."
+                        f"plan {str(self._plan)!r}: the weights of convolutions in stack {name} are not shared, so "
+                        "that none can have a residual; write convolutions=yes in the share pass, too."
                     )
                 groups = groups_at(program, self._block(name, step.convolutions), self._groups[name])
             else:
@@ -167,7 +167,11 @@ class _Laying:
         """What makes layers differ in size comes before their weights are shared."""
         if name not in self._groups and name not in self._with_residuals:
             return
-        fused = any(len(parts) > 1 for place in self._block(name, name in self._with_convolutions).places for parts in place.parts)
+        fused = any(
+            len(parts) > 1
+            for place in self._block(name, name in self._with_convolutions).places
+            for parts in place.parts
+        )
         if step.values == 1 and step.ffn is None and not fused:
             return
         reason = "queries, keys and values are fused in one weight" if fused else "it changes the sizes of weights"

@@ -12,7 +12,7 @@ from torch import fx
 from fxreuse.errors import UnsupportedError
 from fxreuse.finding.contractions import contraction
 from fxreuse.finding.follow import packet
-from fxreuse.layouts.projections import Projection, hints, take_place
+from fxreuse.layouts.projections import Projection, take_place
 from fxreuse.nodes import call
 from fxreuse.program import Program
 from fxreuse.residual_linear import merged_weight, residual_linear
@@ -64,22 +64,6 @@ def add_residual(program: Program, member: Member, factors: Sequence[Factors], l
     add = _add_product if lowering == "factored" else _merge
     add(program, member, residuals)
     return residuals
-
-
-def choose_lowering(projection: Projection, rank: int) -> tuple[str, str]:
-    """The lowering with fewer multiply-accumulates at the example's sizes, and the reason.
-
-    The factored form multiplies each token with A and B, tokens · R · (M + N); the merged one multiplies A with B at
-    each call, R · M · N.
-    """
-    shape = hints(projection.source.meta["val"])
-    inputs, outputs = len(projection.columns), len(projection.rows)
-    tokens = torch.Size(shape).numel() // max(shape[projection.input_feature], 1)
-    factored, merged = tokens * rank * (inputs + outputs), rank * inputs * outputs
-    chosen = "factored" if factored <= merged else "merged"
-    return chosen, (
-        f"for {tokens:,} tokens of the example, {factored:,} multiply-accumulates factored and {merged:,} merged"
-    )
 
 
 def _parameters(program: Program, member: Member, place: int, factors: Factors) -> Residual:

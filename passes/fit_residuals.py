@@ -79,7 +79,8 @@ def fit_residuals(weights: Sequence[torch.Tensor], rank: int, diagonal: bool = T
     for rest, (basis, inner) in zip(left, products, strict=True):
         a, b = _balanced(basis, inner, float(stacked.norm()))
         d = (rest - shared).diagonal().clone() if diagonal else None
-        factors.append(Factors(b.t().contiguous(), a.t().contiguous(), d) if turned else Factors(a, b, d))
+        a, b = (b.t(), a.t()) if turned else (a, b)
+        factors.append(Factors(a.contiguous(), b.contiguous(), d))
     shared = shared.t().contiguous() if turned else shared
     errors = [_relative(weight - shared - one.dense(), weight) for weight, one in zip(stacked, factors, strict=True)]
     return Fitted(shared, tuple(factors), tuple(errors))

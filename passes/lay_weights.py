@@ -15,7 +15,8 @@ from fxreuse.tree import drop, reads
 from fxreuse.weights.block import Block
 from fxreuse.weights.parts import Part, contiguous
 
-from .add_residuals import add_residual, choose_lowering
+from .add_residuals import add_residual
+from .choose_residual_lowering import choose_lowering
 from .fit_error import fit_error
 from .group_fit import GroupFit, fit_group, mean_group, set_shared, with_effective, zero_group
 from .share_weights import share_weights
@@ -266,7 +267,7 @@ def _add(
             factors = [fit.factors[member.layer, part.role] for part in member.parts]
             lowering, reason = step.lowering, "as the plan says"
             if lowering == "auto":
-                lowering, reason = choose_lowering(member.projection, factors[0].a.shape[1])
+                lowering, reason = choose_lowering(member.projection, factors[0].a.shape[1], step.diagonal)
             made = add_residual(program, member, factors, lowering)
             for part, residual, one in zip(member.parts, made, factors, strict=True):
                 key = number, member.layer, part.role

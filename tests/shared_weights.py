@@ -81,7 +81,7 @@ def meaning(model: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:
             if name in own and own[name].shape == parameter.shape:
                 parameter.copy_(own[name])
         for one in fxreuse.describe(small).matrices:
-            shared = small.get_parameter(one.shared).movedim(one.axis, 0)[list(one.shared_rows)]
+            shared = small.get_parameter(one.shared).movedim(one.axis, 0)[list(one.shared_rows)].flatten(1)
             made = shared.t().clone()
             if one.residual:
                 made += small.get_parameter(one.residual["A"]) @ small.get_parameter(one.residual["B"])
@@ -89,7 +89,8 @@ def meaning(model: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:
                 for i, value in enumerate(small.get_parameter(one.residual["D"])):
                     made[i, i] += value
             assert made.shape == one.shape
-            twin.get_parameter(one.weight).movedim(one.axis, 0)[list(one.rows)] = made.t()
+            whole = twin.get_parameter(one.weight).movedim(one.axis, 0)
+            whole[list(one.rows)] = made.t().reshape(len(one.rows), *whole.shape[1:])
             if one.bias is not None:
                 bias = small.get_parameter(one.shared_bias)[list(one.shared_rows)]
                 twin.get_parameter(one.bias)[list(one.rows)] = bias

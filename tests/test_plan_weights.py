@@ -31,7 +31,9 @@ shares = st.builds(Share, groups, names, biases, st.sampled_from(["first", "mean
 fits, lowerings = st.sampled_from(["fit", "zero"]), st.sampled_from(["auto", "factored", "merged"])
 residuals = st.one_of(
     st.builds(Residual, sizes, groups, names, st.booleans(), biases, fits, lowerings, st.booleans()),
-    st.builds(Residual, sizes, st.none(), names, st.booleans(), init=fits, lowering=lowerings, convolutions=st.booleans()),
+    st.builds(
+        Residual, sizes, st.none(), names, st.booleans(), init=fits, lowering=lowerings, convolutions=st.booleans()
+    ),
 )
 plans = st.lists(st.one_of(shares, residuals, st.just(Reuse(Open(2)))), min_size=1, max_size=4)
 

@@ -176,8 +176,7 @@ _RESIDUAL: _Readers = {
     "convolutions": ("convolutions", _read_yes_no),
 }
 _KNOWN = {
-    "share": "k=3 or groups such as 3+3+2, stack=NAME, bias=shared|own, init=first|mean, "
-    "convolutions=yes|no",
+    "share": "k=3 or groups such as 3+3+2, stack=NAME, bias=shared|own, init=first|mean, convolutions=yes|no",
     "residual": "k=3 or groups such as 3+3+2, r=16, stack=NAME, diagonal=yes|no, bias=shared|own, init=fit|zero, "
     "lowering=auto|factored|merged, convolutions=yes|no",
 }

@@ -54,7 +54,7 @@ def find_block(program: Program, sites: AttentionSites, stack: str, convolutions
     """The block that a stack repeats.
 
     All projections of the layers take part: products of a value with a matrix of parameters, whatever operator they are
-    written with, but for convolutions (see `projections_of`) and for what is computed between queries, keys and the map.
+    written with, but for convolutions (see `projections_of`) and for what is made of queries and keys before the map.
 
     Arguments:
         program: a normalised program, before any pass that makes layers differ.
