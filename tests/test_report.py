@@ -262,7 +262,8 @@ def test_scores_that_are_pruned_and_computed_all_the_same_are_no_part_of_the_alg
     )  # of 100 scores a head, two heads of 8
     assert found.after.at(B=3).macs_algorithmic == found.after.macs_algorithmic.subs(batch, 3)
     row = next(row for row in found.rows if row.name == "MACs, as pruned")
-    assert row.after[0] < found.rows[0].after[0] and row.before == found.rows[0].before
+    assert row.after[0] < found.rows[0].after[0]
+    assert row.before == found.rows[0].before
     assert "MACs that the pruned algorithm asks for" in str(found)
 
 

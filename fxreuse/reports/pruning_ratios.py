@@ -39,7 +39,7 @@ class Ratios:
 
 @dataclasses.dataclass(frozen=True)
 class PruningRatios:
-    """At one length: the ratios of the ``algorithm``, where pruned scores are not there, and of what is ``executed``."""
+    """At one length: the ratios of the ``algorithm``, without any pruned score, and of what is ``executed``."""
 
     length: int
     algorithm: Ratios
