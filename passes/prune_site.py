@@ -202,6 +202,8 @@ class SitePruner:
                 if self._gatherer is None:
                     take_place(made, node)
                 return
+            if shown is not None:
+                shown = self._as_buffer(shown, node)
             if shown is None and self._filling:
                 row = torch.zeros(1, int(self._kept.keys.sum()), dtype=query.meta["val"].dtype)
                 path = self._buffer("hidden_keys", torch.nn.functional.pad(row, (0, self._filling), value=-torch.inf))
@@ -216,6 +218,22 @@ class SitePruner:
                 options = {"scale": fused.scale, "enable_gqa": fused.enable_gqa}
                 made = insert(OPERATOR, *operands, is_causal, **options)
         take_place(made, node)
+
+    def _as_buffer(self, mask: fx.Node, before: fx.Node) -> fx.Node:
+        """A mask that is a buffer with more dimensions, as a buffer of that shape: no call is to make it again."""
+        cast = packet(mask) is _aten.type_as
+        views = [mask.args[0] if cast else mask]
+        while isinstance(views[-1], fx.Node) and is_call(views[-1], _aten.unsqueeze.default):
+            views.append(views[-1].args[0])
+        *views, source = views
+        if not views or not isinstance(source, fx.Node) or str(source.target) not in self._buffers:
+            return mask
+        value = get_attribute(self._program.module, str(source.target))
+        for view in reversed(views):
+            value = value.unsqueeze(view.args[1])
+        made = read_tensor(self._program, self._buffer("cut_scores", value), before)
+        with inserting_before(before) as insert:
+            return insert(_aten.type_as.default, made, mask.args[1]) if cast else made
 
     def _scores(self, reader: fx.Node, operand: fx.Node, scores: Unweighted) -> None:
         """Scores that the model normalises itself."""

@@ -39,7 +39,7 @@ class Ratios:
 
 @dataclasses.dataclass(frozen=True)
 class PruningRatios:
-    """At one length: the ratios of the ``algorithm``, where a pruned score is not there, and of what is ``executed``."""
+    """At one length: the ratios of the ``algorithm``, without any pruned score, and of what is ``executed``."""
 
     length: int
     algorithm: Ratios
@@ -131,6 +131,8 @@ def draw_pruning_ratios(found: Mapping[str, Sequence[PruningRatios]], path: str 
         axis.set_ylim(0, 1.05)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("pruned / dense")
-    axes[0].legend(loc="lower left", title="of the algorithm; dashed: executed", fontsize="small", title_fontsize="small")
+    axes[0].legend(
+        loc="lower left", title="of the algorithm; dashed: executed", fontsize="small", title_fontsize="small"
+    )
     figure.savefig(path, dpi=150)
     plots.close(figure)
