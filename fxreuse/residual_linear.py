@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+# Up to so many rows two operators of two operands take less time than `addcmul`, which costs more to call.
+_FEW = 16
 
 
 def residual_linear(
@@ -79,28 +81,47 @@ def merged_weight(
 def _in_place(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residuals: Sequence[Factors]
 ) -> torch.Tensor:
-    (_, _, first), *others = residuals
-    covered = first is not None and not others and len(first) == len(weight)
-    if first is not None and covered:
+    """The sum over rows of inputs. For one token, what a call costs is what counts: there are as few as can be."""
+    a, b, d = residuals[0]
+    if len(residuals) > 1:
+        made = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        start = 0
+        for a, b, d in residuals:
+            own = made[:, start : start + b.shape[1]]
+            start += b.shape[1]
+            own.addmm_(torch.mm(rows, a), b)
+            if d is not None:
+                _add_diagonal(own, rows, d)
+        return made
+    if d is not None and len(d) == len(weight):
         # The diagonal takes the place of the copies of the bias that the product is added to.
-        cut = rows[:, : len(first)]
-        made = cut * first if bias is None else torch.addcmul(bias, cut, first)
+        cut = rows if len(d) == rows.shape[1] else rows[:, : len(d)]
+        if bias is None:
+            made = cut * d
+        elif len(rows) > _FEW:
+            made = torch.addcmul(bias, cut, d)
+        else:
+            made = (cut * d).add_(bias)
         made.addmm_(rows, weight.t())
     else:
-        made = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-    start = 0
-    for a, b, d in residuals:
-        own = made[:, start : start + b.shape[1]] if others else made
-        start += b.shape[1]
-        own.addmm_(rows @ a, b)
-        if d is not None and not covered:
-            own[:, : len(d)].addcmul_(rows[:, : len(d)], d)
-    return made
+        made = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        if d is not None:
+            _add_diagonal(made, rows, d)
+    return made.addmm_(torch.mm(rows, a), b)
+
+
+def _add_diagonal(made: torch.Tensor, rows: torch.Tensor, d: torch.Tensor) -> None:
+    cut = rows if len(d) == rows.shape[1] else rows[:, : len(d)]
+    place = made if len(d) == made.shape[1] else made[:, : len(d)]
+    if len(rows) > _FEW:
+        place.addcmul_(cut, d)
+    else:
+        place.add_(cut * d)
 
 
 def _is_plain_inference(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether nothing but plain tensors is computed, and nothing looks at how."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return False
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False

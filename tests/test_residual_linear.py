@@ -22,7 +22,7 @@ def cases(draw: st.DrawFn):
     torch.manual_seed(draw(st.integers(0, 1000)))
     inputs = draw(st.integers(1, 6))
     counts = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
-    x = torch.randn(*draw(st.lists(st.integers(0, 3), max_size=2)), inputs, dtype=torch.float64)
+    x = torch.randn(*draw(st.lists(st.integers(0, 6), max_size=2)), inputs, dtype=torch.float64)
     if draw(st.booleans()) and x.dim() == 3:
         x = x.transpose(0, 1)
     weight = torch.randn(sum(counts), inputs, dtype=torch.float64)

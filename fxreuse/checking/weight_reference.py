@@ -55,7 +55,7 @@ def dense(rewritten: torch.nn.Module, one: SharedMatrix) -> torch.Tensor:
 
 def _as_matrix(parameter: torch.Tensor) -> torch.Tensor:
     """A view without the axes of a kernel, which has one position, where the parameter is that of a convolution."""
-    return parameter[(..., *[0] * (parameter.dim() - 2))]
+    return parameter.view(parameter.shape[:2])
 
 
 def _own(made: dict[str, torch.Tensor], original: torch.nn.Module, path: str) -> torch.Tensor:

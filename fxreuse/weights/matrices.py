@@ -39,7 +39,7 @@ def as_matrix(parameter: torch.Tensor) -> torch.Tensor:
     >>> as_matrix(torch.zeros(4, 3, 1)).shape
     torch.Size([4, 3])
     """
-    return parameter[(..., *[0] * (parameter.dim() - 2))]
+    return parameter.view(parameter.shape[:2])
 
 
 def _indices(
