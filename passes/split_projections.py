@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def split_projections(program: Program, operands: Iterable[fx.Node]) -> None:
             first = min(leaf.node for leaf in leaves)
             with inserting_before(first) as insert:
                 weights = _shares(program, insert, first, projection, projection.weights[0], projection.axis, groups)
-                biases = [None] * len(groups)
+                biases: Sequence[fx.Node | None] = [None] * len(groups)
                 if projection.biases:
                     biases = _shares(program, insert, first, projection, projection.biases[0], 0, groups)
             for group, weight, bias in zip(groups, weights, biases, strict=True):
