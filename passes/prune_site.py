@@ -222,15 +222,16 @@ class SitePruner:
     def _as_buffer(self, mask: fx.Node, before: fx.Node) -> fx.Node:
         """A mask that is a buffer with more dimensions, as a buffer of that shape: no call is to make it again."""
         cast = packet(mask) is _aten.type_as
-        views = [mask.args[0] if cast else mask]
-        while isinstance(views[-1], fx.Node) and is_call(views[-1], _aten.unsqueeze.default):
-            views.append(views[-1].args[0])
-        *views, source = views
-        if not views or not isinstance(source, fx.Node) or str(source.target) not in self._buffers:
+        source = mask.args[0] if cast else mask
+        dims: list[int] = []
+        while isinstance(source, fx.Node) and is_call(source, _aten.unsqueeze.default):
+            dims.append(source.args[1])  # type: ignore[arg-type]
+            source = source.args[0]
+        if not dims or not isinstance(source, fx.Node) or str(source.target) not in self._buffers:
             return mask
         value = get_attribute(self._program.module, str(source.target))
-        for view in reversed(views):
-            value = value.unsqueeze(view.args[1])
+        for dim in reversed(dims):
+            value = value.unsqueeze(dim)
         made = read_tensor(self._program, self._buffer("cut_scores", value), before)
         with inserting_before(before) as insert:
             return insert(_aten.type_as.default, made, mask.args[1]) if cast else made

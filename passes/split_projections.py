@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +48,15 @@ def split_projections(program: Program, operands: Iterable[fx.Node]) -> None:
     for projection in projections:
         leaves = _leaves(projection)
         if len(leaves) > 1:
-            for group in _groups(projection, leaves, behind):
-                _project(program, projection, group)
+            groups = _groups(projection, leaves, behind)
+            first = min(leaf.node for leaf in leaves)
+            with inserting_before(first) as insert:
+                weights = _shares(program, insert, first, projection, projection.weights[0], projection.axis, groups)
+                biases: Sequence[fx.Node | None] = [None] * len(groups)
+                if projection.biases:
+                    biases = _shares(program, insert, first, projection, projection.biases[0], 0, groups)
+            for group, weight, bias in zip(groups, weights, biases, strict=True):
+                _project(projection, group, weight, bias)
     remove_dead(program.graph)
 
 
@@ -125,25 +133,25 @@ def _is_range(rows: torch.Tensor) -> bool:
     return torch.equal(rows, torch.arange(int(rows[0]), int(rows[0]) + len(rows)))
 
 
-def _project(program: Program, projection: Projection, leaves: list[_Leaf]) -> None:
+def _project(projection: Projection, leaves: list[_Leaf], weight: fx.Node, bias: fx.Node | None) -> None:
     """Compute leaves from their own rows, in one product."""
-    rows = _rows_of(projection, leaves)
-    first = min(leaf.node for leaf in leaves)
-    with inserting_before(first) as insert:
-        weight = _some_rows(program, insert, first, projection.weights[0], projection.axis, rows)
+    with inserting_before(min(leaf.node for leaf in leaves)) as insert:
         weight = weight if projection.axis == 0 else insert(_aten.t.default, weight)
-        bias = None
-        if projection.biases:
-            bias = _some_rows(program, insert, first, projection.biases[0], 0, rows)
         base = insert(_aten.linear.default, _source(projection), weight, bias)
-    feature, start = base.meta["val"].dim() - 1, 0
-    for leaf in leaves:
-        end = start + len(leaf.rows)
+        feature = base.meta["val"].dim() - 1
+        parts = _split(insert, base, feature, [len(leaf.rows) for leaf in leaves])
+    for leaf, part in zip(leaves, parts, strict=True):
         with inserting_before(leaf.node) as insert:
-            own = base if len(leaves) == 1 else insert(_aten.slice.Tensor, base, feature, start, end)
-            made = Layer(leaf.arrangement, leaf.node, insert).lay_out(own, feature)
+            made = Layer(leaf.arrangement, leaf.node, insert).lay_out(part, feature)
         take_place(made, leaf.node)
-        start = end
+
+
+def _split(insert: Insert, value: fx.Node, axis: int, sizes: list[int]) -> list[fx.Node]:
+    """The parts of a value side by side along an axis: views, made by one operator, whose gradient is one copy."""
+    if len(sizes) == 1:
+        return [value]
+    parts = insert(_aten.split_with_sizes.default, value, sizes, axis)
+    return [insert(operator.getitem, parts, place) for place in range(len(sizes))]
 
 
 def _source(projection: Projection) -> fx.Node:
@@ -156,12 +164,33 @@ def _source(projection: Projection) -> fx.Node:
     return operand if (len(before), len(after)) == (3, 2) and before[-1] == after[-1] else source
 
 
+def _shares(
+    program: Program,
+    insert: Insert,
+    before: fx.Node,
+    projection: Projection,
+    parameter: fx.Node,
+    axis: int,
+    groups: list[list[_Leaf]],
+) -> list[fx.Node]:
+    """The rows of a parameter that each group has: views where they lie side by side, copies elsewhere."""
+    rows = [_rows_of(projection, group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda place: int(rows[place][0]))
+    if torch.equal(torch.cat([rows[place] for place in order]), torch.arange(parameter.meta["val"].shape[axis])):
+        parts = _split(insert, parameter, axis, [len(rows[place]) for place in order])
+        return [parts[order.index(place)] for place in range(len(groups))]
+    return [
+        _some_rows(program, insert, before, parameter, axis, own, group[0].node.name)
+        for group, own in zip(groups, rows, strict=True)
+    ]
+
+
 def _some_rows(
-    program: Program, insert: Insert, like: fx.Node, parameter: fx.Node, axis: int, rows: torch.Tensor
+    program: Program, insert: Insert, before: fx.Node, parameter: fx.Node, axis: int, rows: torch.Tensor, reader: str
 ) -> fx.Node:
     """Some rows of a parameter: a view where they lie side by side."""
     if _is_range(rows):
         return insert(_aten.slice.Tensor, parameter, axis, int(rows[0]), int(rows[0]) + len(rows))
-    path = f"{parameter.target}_rows_of_{like.name}"
+    path = f"{parameter.target}_rows_of_{reader}"
     put_tensor(program, path, rows)
-    return insert(_aten.index_select.default, parameter, axis, read_tensor(program, path, like))
+    return insert(_aten.index_select.default, parameter, axis, read_tensor(program, path, before))

@@ -28,6 +28,7 @@ CALLS = {
     aten.reshape.default: ((X, [6, -1]), {}),
     aten.scaled_dot_product_attention.default: ((Q, Q, Q, None, 0.0, True), {"scale": 0.3, "enable_gqa": False}),
     aten.sigmoid.default: ((X,), {}),
+    aten.split_with_sizes.default: ((X, [1, 2], 1), {}),
     aten.sub.Tensor: ((X, X), {"alpha": 0.5}),
     aten.sym_size.int: ((X, 1), {}),
     aten.tanh.default: ((X,), {}),

@@ -27,6 +27,7 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = {
     _aten.reshape.default: torch.reshape,
     _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
     _aten.sigmoid.default: torch.sigmoid,
+    _aten.split_with_sizes.default: torch.split_with_sizes,
     _aten.sub.Tensor: torch.sub,
     _aten.sym_size.int: torch.Tensor.size,
     _aten.tanh.default: torch.tanh,

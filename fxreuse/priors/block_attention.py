@@ -74,10 +74,12 @@ def gathered_attention(
             chosen, offset = columns[offset : offset - (-count // block)], offset - (-count // block)
             if rows.start >= query.shape[-2]:
                 continue
+            own_keys, own_values = (_gathered(each[..., own, :, :, :], chosen, -3)[..., :count, :] for each in blocks)
             parts.append(
                 F.scaled_dot_product_attention(
                     query[..., one, rows, :],
-                    *(_gathered(each[..., own, :, :, :], chosen, -3)[..., :count, :] for each in blocks),
+                    own_keys,
+                    own_values,
                     _mask_of(own_mask, rows, chosen, count, block, seen),
                     dropout_p,
                     scale=scale,
