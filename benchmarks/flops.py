@@ -183,7 +183,8 @@ def _verdict(one: Mapping[str, Any]) -> str:
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    text = re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:400]}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What rewriting costs: `fxreuse.apply` against `torch.export.export` alone, and recognition by number of layers.
 
     python benchmarks/overhead.py            # writes benchmarks/results/overhead.json, case by case; resumable
+    python benchmarks/overhead.py --again    # measures anew what is there; --only=export: of cases that start so
     python benchmarks/tables.py              # writes the tables in docs/measurements.md
 
 Every case runs in a process of its own. Times are CPU seconds of that process, medians over interleaved rounds after
@@ -137,8 +138,9 @@ def main() -> None:
         print(json.dumps(CASES[sys.argv[-1]]()))
         return
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    only = next((argument.removeprefix("--only=") for argument in sys.argv if argument.startswith("--only=")), "")
     for name in CASES:
-        if name in found and "--again" not in sys.argv:
+        if not name.startswith(only) or (name in found and "--again" not in sys.argv):
             continue
         print(f"measuring {name}", flush=True)
         run = subprocess.run([sys.executable, __file__, "--case", name], capture_output=True, text=True, check=True)

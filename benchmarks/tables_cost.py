@@ -7,6 +7,7 @@ from typing import Any
 
 from table_text import github, load
 
+_LONGEST = 160
 FORMS = {"original": "as it is", "materialize": "rewritten, materialize", "recompute": "rewritten, recompute"}
 
 
@@ -45,4 +46,40 @@ def peak_memory() -> str:
     return github(rows, ["model", "form", "measured, bytes", "predicted, bytes", "ratio"])
 
 
-TABLES = {"flops": flops, "peak_memory": peak_memory}
+def flops_unequal() -> str:
+    """The rows that are not equal in every form, with what keeps them from it."""
+    cells = []
+    for name, row in load("flops")["rows"].items():
+        for form, text in FORMS.items():
+            if form in row and _verdict(row, form) != "equal":
+                one = row[form]
+                why = one.get("refused") or one.get("failed") or "; ".join(f"{a:,} and {b:,}" for a, b in one["macs"])
+                cells.append([name, text, _verdict(row, form).replace("dead", "unread work"), _short(why)])
+        if "failed" in row:
+            cells.append([name, "", "not captured", _short(row["failed"])])
+    return github(cells, ["model", "form", "", "why, or the counts of ours and torch's"])
+
+
+def _short(reason: str) -> str:
+    """A reason that fits into a table."""
+    text = reason.replace("|", "\\|")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rsplit(' ', 1)[0]} …"
+
+
+def large_models() -> str:
+    """Seconds and memory of the whole command."""
+    rows = [
+        [
+            found["title"],
+            f"{found['params']:,}",
+            found["plan"] or "none",
+            f"{found['seconds']:.0f}",
+            f"{found['cpu_seconds']:.0f}",
+            f"{found['resident_bytes'] / 2**30:.2f}",
+        ]
+        for found in load("large_models")["models"].values()
+    ]
+    return github(rows, ["model", "parameters", "plan", "seconds", "of processor time", "resident, GiB"])
+
+
+TABLES = {"flops": flops, "flops unequal": flops_unequal, "peak_memory": peak_memory, "large models": large_models}

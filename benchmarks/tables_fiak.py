@@ -53,4 +53,14 @@ def fiak_long() -> str:
     return github(rows, ["block", "cut", "fused, ms", "mask", "gather", "flex"])
 
 
-TABLES = {"fiak learning": fiak_learning, "fiak deit": fiak_deit, "fiak long": fiak_long}
+def fiak_kernel() -> str:
+    """Nanoseconds of a score in the fused kernel, by the number of keys."""
+    rows = []
+    for cell in (cell for name, cell in load("fiak_latency").items() if name.startswith("kernel")):
+        keys = dict.fromkeys(name.partition(" ")[0] for name in cell["ns"])
+        for mask in dict.fromkeys(name.partition(" ")[2] for name in cell["ns"]):
+            rows.append([str(cell["batch"]), mask, *(f"{cell['ns'][f'{count} {mask}']:.2f}" for count in keys)])
+    return github(rows, ["batch", "ns a score", *(f"{count} keys" for count in keys)])
+
+
+TABLES = {"fiak kernel": fiak_kernel, "fiak learning": fiak_learning, "fiak deit": fiak_deit, "fiak long": fiak_long}

@@ -50,6 +50,22 @@ def latency_errors() -> str:
     return f"{table}\n\n{len(cells)} cells; absolute latency is off by {statistics.median(off):.1%} (median)."
 
 
+def latency_errors_by_model() -> str:
+    """The same, model by model."""
+    cells = predicted_cells()
+    rows = []
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        own = [cell for cell in cells if cell["model"] == model]
+        found = [[abs(guess / cell["gain"][0] - 1) for cell, guess in zip(own, gains, strict=True)] for gains in (
+            [cell["predicted_gain"] for cell in own], [1.0 for _ in own], [cell["macs_ratio"] for cell in own],
+        )]  # fmt: skip
+        off = [cell[f"predicted_{name}"] / cell[name] - 1 for cell in own for name in ("original_ms", "ms")]
+        errors = [f"{statistics.median(one):.1%} (worst {max(one):.1%})" for one in found]
+        rows.append([model, str(len(own)), *errors, f"{statistics.median(off):+.1%}"])
+    headers = ["model", "cells", "predicted", "always 1×", "ratio of MACs", "absolute latency"]
+    return github(rows, headers)
+
+
 def far(gain: float) -> bool:
     """Whether a speed-up, or a loss, is above 5 %."""
     return abs(gain - 1) > 0.05
@@ -59,4 +75,8 @@ def predicted_cells() -> list[dict[str, Any]]:
     return [cell for cell in load("latency_prediction")["cells"].values() if "predicted_gain" in cell]
 
 
-TABLES = {"latency prediction": latency_prediction, "latency errors": latency_errors}
+TABLES = {
+    "latency prediction": latency_prediction,
+    "latency errors": latency_errors,
+    "latency errors by model": latency_errors_by_model,
+}

@@ -14,7 +14,12 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def undisturbed(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int = 9, seconds: float = 30.0, share: float = 0.25
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 9,
+    seconds: float = 30.0,
+    share: float = 0.25,
+    settled: bool = False,
 ) -> tuple[dict[str, Timing], int]:
     """Time functions against each other, as `fxreuse.checking.measure.interleaved` does, where nothing else runs.
 
@@ -23,6 +28,8 @@ def undisturbed(
         rounds: how many rounds to keep.
         seconds: when to stop, however many were kept.
         share: how much of the processors' time others may take in a round.
+        settled: call a function once, not timed, before its calls in each round: caches and heap are then as it leaves
+            them itself, and not as the function before it does.
 
     Returns:
         The timings of the rounds that were kept, and how many were dropped. Where fewer than three were kept, these are
@@ -31,13 +38,18 @@ def undisturbed(
     calls = {}
     for name, function in functions.items():
         function()
-        calls[name] = max(1, round(SHORTEST / min(_time(function, 1) for _ in range(3))))
+        once = _time(function, 1)
+        calls[name] = 1 if once > SHORTEST else max(1, round(SHORTEST / min(once, _time(function, 1))))
     kept: list[tuple[float, dict[str, float]]] = []
     end = time.perf_counter() + seconds
     order = list(functions)
     while sum(others <= share for others, _ in kept) < rounds and (len(kept) < 3 or time.perf_counter() < end):
         start, busy = time.perf_counter(), _others()
-        times = {name: _time(functions[name], calls[name]) for name in order}
+        times = {}
+        for name in order:
+            if settled:
+                functions[name]()
+            times[name] = _time(functions[name], calls[name])
         others = (_others() - busy - TICK) / ((time.perf_counter() - start) * (os.cpu_count() or 1))
         kept.append((others, times))
         order.reverse()

@@ -47,7 +47,7 @@ class SharedMap:
         """
         scores = self.heads * self.queries * self.keys
         size = scores * self.dtype.itemsize
-        away = max(0.0, size - device.cache) / device.memory  # once through, there or back
+        away = device.away(max(0.0, size - device.cache))  # once through, there or back
         product = device.product("batched", self.heads, self.queries, self.keys, self.width, self.dtype)
         softmax = scores * device.element("softmax")
         context = device.product("batched", self.heads, self.queries, self.values, self.keys, self.dtype)
@@ -64,5 +64,5 @@ class SharedMap:
         seconds += scores * (device.score + (device.masked_score if self.masked else 0.0))
         if self.masked:
             size = scores * self.dtype.itemsize
-            seconds += max(0.0, size - device.cache) / device.memory
+            seconds += device.away(max(0.0, size - device.cache))
         return self.layers * (seconds + device.dispatch("attention"))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import sympy
 import torch
 
+from ..priors.pruning import SitePruning, unskipped_macs
 from ..program import Program
 from .backward import backward
+from .data_sizes import data_sizes
 from .maps import AttentionMap, attention_maps
 from .operations import Operation, operations_of
 from .parts import Parts
@@ -23,7 +26,8 @@ class Counts:
 
     ``params`` counts every Parameter of the module tree once, however many paths it has, and ``weights`` has their
     bytes by dtype. ``params_by_module`` parts them by the module that holds them. ``operations`` is all that is
-    executed, and ``maps`` are the distinct attention maps.
+    executed, ``maps`` are the distinct attention maps, and ``unskipped`` are the multiply-accumulates of pruned scores
+    that are executed all the same.
     """
 
     params: int
@@ -31,8 +35,9 @@ class Counts:
     params_by_module: Mapping[str, int]
     operations: tuple[Operation, ...]
     maps: tuple[AttentionMap, ...]
+    unskipped: sympy.Expr = sympy.S.Zero
 
-    @property
+    @functools.cached_property
     def macs(self) -> sympy.Expr:
         """The multiply-accumulates of one forward pass."""
         return total(operation.macs for operation in self.operations)
@@ -40,7 +45,7 @@ class Counts:
     @property
     def macs_algorithmic(self) -> sympy.Expr:
         """Those that the algorithm asks for: without pruned work that is executed all the same."""
-        return total(operation.macs_algorithmic for operation in self.operations)
+        return sympy.expand(self.macs - self.unskipped)
 
     @property
     def macs_training(self) -> sympy.Expr:
@@ -99,6 +104,7 @@ class Counts:
         """The same counts with other symbols."""
         return dataclasses.replace(
             self,
+            unskipped=self.unskipped.xreplace(symbols),
             operations=tuple(operation.replaced(symbols) for operation in self.operations),
             maps=tuple(
                 dataclasses.replace(found, shape=tuple(size.xreplace(symbols) for size in found.shape))
@@ -107,12 +113,13 @@ class Counts:
         )
 
 
-def count(program: Program, parts: Parts | None = None) -> Counts:
+def count(program: Program, parts: Parts | None = None, pruned: Sequence[SitePruning] = ()) -> Counts:
     """Count a program, outlined layers included.
 
     Arguments:
         program: any program, before or after a rewrite.
         parts: the parts of the program that it was captured as, for `Counts.macs_by_layer` and `Counts.macs_by_part`.
+        pruned: what pruning by priors did to its attentions, for `Counts.macs_algorithmic`.
 
     Raises:
         UnsupportedError: for an operator or a module whose work is not known.
@@ -123,15 +130,19 @@ def count(program: Program, parts: Parts | None = None) -> Counts:
     for path, parameter in program.module.named_parameters():
         weights[parameter.dtype] += parameter.numel() * parameter.element_size()
         by_module[path.rpartition(".")[0]] += parameter.numel()
-    return Counts(
+    counts = Counts(
         params=sum(by_module.values()),
         weights=dict(weights),
         params_by_module=dict(by_module),
         operations=tuple(operations_of(steps, parts)),
         maps=tuple(attention_maps(steps)),
+        unskipped=unskipped_macs(pruned),
     )
+    known = data_sizes(steps)
+    return counts.replaced(known) if known else counts
 
 
 def total(parts: Iterable[sympy.Expr]) -> sympy.Expr:
-    """The sum, multiplied out."""
-    return sympy.expand(sympy.Add(*parts))
+    """The sum, multiplied out. Layers are alike, and so are most of its parts: each is multiplied out once."""
+    times = Counter(parts)
+    return sympy.Add(*(number * sympy.expand(part) for part, number in times.items()))

@@ -124,6 +124,16 @@ class Device:
         """Seconds per element of an operator; of plain arithmetic where the kind is not known."""
         return self.elements.get(kind, self.elements["add"])
 
+    def away(self, size: float) -> float:
+        """Seconds that it takes on top of the work on so many bytes that they come from memory, or go there.
+
+        On a CPU the work has the time of the cache in it, and this is what memory takes longer; an accelerator moves
+        them beside its work, and this is the whole time.
+        """
+        if self.asynchronous:
+            return size / self.memory
+        return size * max(0.0, 1 / self.memory - 1 / self.cache_rate)
+
     def dispatch(self, kind: str, compiled: bool = False) -> float:
         """Seconds per operator that do not depend on sizes."""
         if compiled:

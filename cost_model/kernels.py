@@ -40,6 +40,8 @@ _MODULES: dict[type, str] = {
 }  # fmt: skip
 # Kinds whose work a compiler merges with that of their neighbours.
 _FUSIBLE = frozenset({"elementwise", "normalisation", "copy", "factory", "gather", "softmax", "reduction"})
+# Operators that fill their result with a number and copy their input into it.
+_FILLED_FIRST = frozenset({"aten.pad", "aten.constant_pad_nd"})
 # Operators that want their input row by row in memory, and copy it where it is not.
 _WANTS_ROWS = frozenset({"linear", "convolution", "normalisation", "softmax"})
 
@@ -236,13 +238,18 @@ def _map(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kernel]:
 
 
 def _of_elements(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kernel]:
-    yield _base(
+    filled = eager_cpu and operation.op in _FILLED_FIRST
+    if filled:
+        writes = _accesses(operation.writes, at)
+        yield Kernel(operation, "add", elements=at(operation.elements), writes=writes, dispatch="element")
+    made = _base(
         operation,
         at,
         _family(operation, eager_cpu),
         elements=at(operation.elements),
         dispatch=_call(operation),
     )
+    yield dataclasses.replace(made, kept=True) if filled else made
 
 
 def _call(operation: Operation) -> str:

@@ -1,8 +1,9 @@
 """How long a program takes on a device: a roofline, kernel by kernel.
 
 Each kernel takes the longer of two: its arithmetic at the rate of its family, and its bytes at the rate of the
-last-level cache. Those of its bytes that are not in that cache take their time at the rate of memory: on a CPU on top,
-since few cores wait for what they read, and on an accelerator beside the arithmetic. Then comes what a call costs, and
+last-level cache. Those of its bytes that are not in that cache take the time of memory: on a CPU what it takes longer
+than the cache comes on top, since few cores wait for what they read, and on an accelerator it goes on beside the
+arithmetic. Then comes what a call costs, and
 on a CPU the page faults of large new blocks. Which bytes are in cache is followed through the whole run (`residency`);
 a T×T map falls out of it from some length on.
 """
@@ -149,7 +150,7 @@ def kernel_seconds(kernel: Kernel, moved: Traffic, device: Device, compiled: boo
     touched = sum(size for _, size in (*kernel.reads, *kernel.writes))
     if kernel.product is None:
         work = max(work, touched / device.cache_rate)
-    away = moved.memory / device.memory
+    away = device.away(moved.memory)
     dispatch = device.dispatch(kernel.dispatch, compiled) if kernel.dispatch else 0.0
     if device.asynchronous:
         return max(dispatch, work, away)

@@ -23,9 +23,6 @@ from .parts import Parts
 from .sizes import expression, operator_name, product, shape
 from .walk import Step, Value, walk
 
-#: ``meta`` key of a node whose lowering executes more multiply-accumulates than the algorithm asks for: the latter.
-ALGORITHMIC = "macs_algorithmic"
-
 #: What may be in a storage: a trained tensor, any other tensor of the model, an input, or a result on the way.
 ROLES = ("parameter", "buffer", "input", "activation")
 
@@ -53,7 +50,6 @@ class Operation:
         layer: the path of the layer that it is in; empty outside of all layers.
         part: the part of the model that it belongs to, one of `parts.PARTS`.
         macs: multiply-accumulates that are executed.
-        macs_algorithmic: those that the algorithm asks for; fewer where a lowering computes what pruning dropped.
         elements: elements of elementwise work: of the result; of the operand, where a reduction reads more; of the map
             inside a fused attention.
         reads: the tensors that it reads.
@@ -70,7 +66,6 @@ class Operation:
     layer: str
     part: str
     macs: sympy.Expr
-    macs_algorithmic: sympy.Expr
     elements: sympy.Expr
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
@@ -107,7 +102,6 @@ class Operation:
         return dataclasses.replace(
             self,
             macs=self.macs.xreplace(symbols),
-            macs_algorithmic=self.macs_algorithmic.xreplace(symbols),
             elements=self.elements.xreplace(symbols),
             reads=accesses(self.reads),
             writes=accesses(self.writes),
@@ -176,7 +170,6 @@ class _Reader:
             layer=layer,
             part=part,
             macs=macs,
-            macs_algorithmic=sympy.sympify(node.meta.get(ALGORITHMIC, macs)),
             elements=_elements(node, kind),
             reads=reads,
             writes=writes,

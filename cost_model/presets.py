@@ -1,9 +1,19 @@
 """GPUs by datasheet: those of the papers, and current ones.
 
-Peak rates and bandwidths are the vendor's, dense (without structured sparsity), for the parts that are named in
-``source``. Three things no datasheet says are assumed alike for all of them, and marked here: which part of the peak a
-large matrix product attains, from which sizes on, and what it takes to launch a kernel. Measurements of a GPU of yours
-replace them: ``dataclasses.replace(Device.preset("A100"), memory=1.4e12)``.
+Peak rates and bandwidths are the vendor's, dense (without structured sparsity). Three things no datasheet says are
+assumed alike for all of them, and marked here: which part of the peak a large matrix product attains, from which sizes
+on, and what it takes to launch a kernel. Measurements of a GPU of yours replace them:
+``dataclasses.replace(Device.preset("A100"), memory=1.4e12)``.
+
+Sources, by figure. Float32 means what `torch.matmul` does by default, which is not TF32.
+
+- RTX Titan: 4608 cores and 576 tensor cores at 1770 MHz, and 672 GB/s (vendor's product page): 2·4608·1.77 = 16.3 and
+  2·64·576·1.77 = 130.5 TFLOP/s. 6 MB of level-2 cache (whitepaper of the Turing architecture, WP-09183-001, on TU102).
+- A100 80GB SXM: 19.5 TFLOP/s in float32, and in float64 on tensor cores, 312 in half precision, 2039 GB/s (datasheet,
+  nvidia-1758950-r4). 40 MB of level-2 cache (whitepaper of the Ampere architecture; the driver says 41,943,040 bytes).
+- H100 SXM: 67 TFLOP/s in float32, and in float64 on tensor cores, 1979 in half precision with sparsity, half of it
+  without, 3.35 TB/s (datasheet). 50 MB of level-2 cache (whitepaper of the Hopper architecture).
+- H200 SXM: as the H100, with 4.8 TB/s (datasheet). The chip, and so its cache, is the H100's.
 """
 
 from __future__ import annotations
@@ -78,14 +88,14 @@ PRESETS: tuple[Device, ...] = tuple(
             {"float32": 16.3, "float16": 130.5},
             memory=672e9,
             cache=6 * 2**20,
-            source="NVIDIA Turing GPU architecture whitepaper (WP-09183-001), appendix on TU102, Titan RTX",
+            source="NVIDIA Titan RTX product page (cores, clock, bandwidth); level-2 cache from the Turing whitepaper",
         ),
         _Datasheet(
             "A100",
             {"float32": 19.5, "float64": 19.5, "bfloat16": 312, "float16": 312},
             memory=2039e9,
             cache=40 * 2**20,
-            source="NVIDIA A100 80GB SXM datasheet; level-2 cache from the Ampere architecture whitepaper",
+            source="NVIDIA A100 80GB SXM datasheet (1758950-r4); level-2 cache from the Ampere architecture whitepaper",
         ),
         _Datasheet(
             "H100",

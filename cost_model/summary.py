@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import sympy
 import torch
 
 from ..errors import InputError
+from ..priors.pruning import SitePruning
 from ..program import Program
 from .count import Counts, count
 from .execution import Execution
@@ -237,6 +238,7 @@ def summarise(
     example_sizes: Mapping[str, tuple[int, ...]] | None = None,
     *,
     parts: Parts | None = None,
+    pruned: Sequence[SitePruning] = (),
     model: torch.nn.Module | None = None,
 ) -> Summary:
     """Count a program and name its sizes.
@@ -245,6 +247,7 @@ def summarise(
         program: any program, before or after a rewrite.
         example_sizes: the shapes of the example inputs by name, for `Summary.at_example`.
         parts: the parts of the program that it was captured as.
+        pruned: what pruning by priors did to its attentions, as `describe` says.
         model: the module that is called, whose peak memory is meant; the program's graph where left out.
 
     Raises:
@@ -259,7 +262,7 @@ def summarise(
     >>> summary.at(B=1, T=100).macs
     211200
     """
-    counts = count(program, parts)
+    counts = count(program, parts, pruned)
     names = names_of(program, counts.maps, counts.macs.free_symbols | counts.map_bytes.free_symbols)
     counts = counts.replaced(names.symbols)
     if names.derived:

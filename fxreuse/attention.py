@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
+import sympy
 from tabulate import tabulate
 
+from .length_text import length_text
 from .tokens import Tokens
 
 
@@ -152,7 +153,10 @@ class AttentionSites(Sequence[AttentionSite]):
         return letters
 
     def in_words(self, size: str) -> str:
-        """A size of a map, with the input's own sizes in place of symbols: ``input_ids.shape[1] + 1``."""
-        return re.sub(r"\bs\d+\b", lambda match: self.sizes.get(match.group(), match.group()), size)
+        """A size of a map, with the input's own sizes in place of symbols: ``⌊input_values.shape[1]/320⌋ + 1``."""
+        expressions = {str(found): sympy.sympify(found) for site in self._sites for found in site.map_shape}
+        expression = expressions[size]
+        named = {symbol: sympy.Symbol(self.sizes.get(symbol.name, symbol.name)) for symbol in expression.free_symbols}
+        return length_text(expression.xreplace(named))
 
     __repr__ = __str__

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from .nodes import share_values
@@ -162,8 +163,11 @@ def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def graph_module(tree: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph module over a whole tree: what the graph does not read stays, and so does what is not persistent."""
-    made = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    """A graph module over a whole tree: what the graph does not read stays, and so does what is not persistent.
+
+    It is compiled when it is first run: passes look at graphs, and most programs never run.
+    """
+    made = _LazyGraphModule(torch.nn.Module(), fx.Graph())
     for key in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
         made.__dict__[key] = tree.__dict__[key]
     made.__dict__.update({key: value for key, value in tree.__dict__.items() if isinstance(value, torch.Tensor)})

@@ -97,7 +97,7 @@ def report(
         small = _pruned(rewrite(program, sites, parsed, model, example_inputs), parsed)
         record = small.record
         followers = [decision.site for decision in record.decisions if decision.action == "follow"]
-        after = summarise(small.program, shapes, parts=parts.following(followers), model=small)
+        after = summarise(small.program, shapes, parts=parts.following(followers), pruned=record.pruned, model=small)
     found = CostReport(
         model=program.name,
         plan="" if parsed is None else str(parsed),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import sympy
 import torch
@@ -12,14 +12,10 @@ import torch
 from fxreuse.attention import AttentionSite
 from fxreuse.cost_model.attention_time import SharedMap
 from fxreuse.cost_model.device import Device
-from fxreuse.errors import UnsupportedError
 from fxreuse.program import Program
 from fxreuse.tree import reads
 
-from .arrange import UnclearAxes
 from .fused import Fused
-from .materialize import Materializer
-from .recompute import Recomputer
 
 # Lengths that stand for those that are free in the graph.
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -29,11 +25,6 @@ _WAYS = ("storing the map", "computing it again")
 # A map that takes a larger part of the memory than this is not stored.
 _LARGEST_PART = 0.25
 
-_LOWERINGS: dict[str, Callable[[Program], Materializer | Recomputer]] = {
-    "materialize": Materializer,
-    "recompute": Recomputer,
-}
-
 
 def choose_lowering(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int]) -> tuple[str, str]:
     """The lowering of a stack, and the reason for the record.
@@ -42,7 +33,8 @@ def choose_lowering(program: Program, sites: Sequence[AttentionSite], leaders: S
     it has been measured, and otherwise on a typical one. Batch and lengths are free in the graph, and the choice is
     made once: it is the lowering that loses least where it loses most, over lengths from 128 to 4096. The example's
     sizes decide whether a map is small enough to be stored. On an accelerator the map is stored where the
-    model has it in memory anyway. Where this choice is refused, it is the other one.
+    model has it in memory anyway. Whether the lowering can express the stack is not asked here: `reuse` takes the other
+    one where this one is refused.
 
     Arguments:
         program: the program as it is before the pass; it is not changed.
@@ -52,17 +44,6 @@ def choose_lowering(program: Program, sites: Sequence[AttentionSite], leaders: S
     Returns:
         ``"materialize"`` or ``"recompute"``, and why.
     """
-    chosen, reason = _prefer(program, sites, leaders)
-    refused = _refusal(program, sites, leaders, chosen)
-    if refused is None:
-        return chosen, reason
-    other = "recompute" if chosen == "materialize" else "materialize"
-    if _refusal(program, sites, leaders, other) is not None:
-        return chosen, reason
-    return other, f"{reason}, but {chosen} is refused here: {refused}"
-
-
-def _prefer(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int]) -> tuple[str, str]:
     device = next((tensor.device for tensor in reads(program).values()), torch.device("cpu"))
     leading = [site for site, leader in zip(sites, leaders, strict=True) if site is sites[leader]]
     sizes, size = max(
@@ -138,19 +119,6 @@ def _number(size: object) -> int | None:
     """A size as a number; None where it is free."""
     found = sympy.sympify(size)
     return int(found) if found.is_Integer else None
-
-
-def _refusal(program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], lowering: str) -> str | None:
-    """Why a lowering cannot express a stack; None where it can."""
-    trial = _LOWERINGS[lowering](program.copy())
-    try:
-        for layer, site in enumerate(sites):
-            followers = [sites[other] for other, leader in enumerate(leaders) if leader == layer != other]
-            if followers:
-                trial.share(site, followers)
-    except (UnsupportedError, UnclearAxes) as refusal:
-        return str(refusal)
-    return None
 
 
 def _example(program: Program, site: AttentionSite) -> tuple[int, ...]:

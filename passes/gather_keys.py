@@ -6,9 +6,11 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from fxreuse.finding.axes import product as size_of
 from fxreuse.finding.axes import sizes, start
 from fxreuse.finding.contractions import contraction
 from fxreuse.finding.flow import Flow
@@ -45,6 +47,8 @@ class Gatherer:
     treats the elements of the axis one by one; behind any other, the value itself is gathered. It goes back through a
     projection, so that only what is left is projected, and stops in front of it where others read the same value.
 
+    ``work`` are the multiply-accumulates of the projections, and other products, that go over these elements alone.
+
     Arguments:
         program: the program, which is changed: nodes are added.
         index: the node that has the indices.
@@ -54,6 +58,7 @@ class Gatherer:
         self._program, self._flow, self._index = program, flow, index
         self._count = sizes(index)[0]
         self._made: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.work: sympy.Expr = sympy.Integer(0)
 
     def known(self, node: fx.Node, axis: int, gathered: fx.Node) -> None:
         """Say what a value is with the other elements left out."""
@@ -134,7 +139,11 @@ class Gatherer:
                 replaced[operand] = self.gather(operand, labels.index(label), behind or projected)
         if product.addend is not None:
             replaced |= self._aligned(node, product.addend, axis, behind)
-        return self._again(node, replaced)
+        made = self._again(node, replaced)
+        labels, _, _ = product.side(product.left)
+        summed = [size for label, size in zip(labels, sizes(product.left), strict=True) if label in product.summed]
+        self.work += size_of([*sizes(made), *summed])
+        return made
 
     def _aligned(self, node: fx.Node, operand: fx.Node, axis: int, behind: bool) -> dict[fx.Node, fx.Node]:
         """An operand that is broadcast to a node, gathered where it has the axis."""

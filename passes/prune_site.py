@@ -16,12 +16,13 @@ from fxreuse.finding.follow import arguments, packet
 from fxreuse.finding.softmaxes import SOFTMAX
 from fxreuse.layouts.projections import take_place
 from fxreuse.map_workspace import attention_map
-from fxreuse.nodes import call, inserting_before, is_call
+from fxreuse.nodes import call, inserting_before, is_call, remove_dead
 from fxreuse.priors.pruning import SitePruning
 from fxreuse.priors.selection import Kept
 from fxreuse.program import Program, get_attribute
 from fxreuse.tree import free_path
 
+from .fill_keys import filling
 from .fused import OPERATOR, Fused
 from .gather_keys import Gatherer
 from .insert_priors import SitePrior, logarithm_of
@@ -46,6 +47,12 @@ def scores_like(scores: torch.Tensor, like: fx.Node) -> torch.Tensor:
     return (scores[0] if value.dim() == 2 else scores.expand(len(value), *scores.shape[1:])).clone()
 
 
+def cut_like(scores: torch.Tensor, like: fx.Node) -> torch.Tensor:
+    """What is added where scores are cut, for a prior: 0 to those that are kept, minus infinity to others."""
+    kept = scores_like(scores, like)
+    return torch.zeros(kept.shape, dtype=like.meta["val"].dtype).masked_fill_(~kept, -torch.inf)
+
+
 class SitePruner:
     """The pruning of one site in a program that the caller owns."""
 
@@ -57,24 +64,28 @@ class SitePruner:
         self._buffers: list[str] = []
         self._flow = Flow(program)
         self._gatherer: Gatherer | None = None
+        self._skipping: Skipping | None = None
+        self._filling = 0
         self._work: list[sympy.Expr] = []
 
     def prune(self, lowering: str) -> PrunedSite:
         """Take the prior out, and what it cuts."""
         logarithm = logarithm_of(self._program, self._prior)
+        fused = self._fused(logarithm)
+        self._skipping = choose_skipping(self._prior, self._kept, lowering, fused, self._device)
         if self._cuts_keys:
+            self._filling = self._filled(fused)
             split_projections(self._program, self._operands(logarithm))
             self._flow = Flow(self._program)
             self._gatherer = Gatherer(self._program, self._flow, self._index(logarithm))
         found = follow_prior(*self._leading(logarithm), causal=self._prior.causal)
-        skipping = choose_skipping(self._prior, self._kept, lowering, self._fused(found), self._device)
         for reader in [node for node in self._program.graph.nodes if node not in found]:
             for operand in [operand for operand in reader.all_input_nodes if operand in found]:
                 if reader.target in MAPS:
-                    self._map(reader, found[operand], skipping)
+                    self._map(reader, found[operand])
                 elif reader.op != "output" and reader.target is not _aten.sym_size.int:
                     self._scores(reader, operand, found[operand])
-        return PrunedSite(self._record(skipping), tuple(self._buffers))
+        return PrunedSite(self._record(), tuple(self._buffers))
 
     def _operands(self, logarithm: fx.Node) -> list[fx.Node]:
         """The keys and values of the fused attentions that the prior reaches; of others, what their maps meet."""
@@ -90,13 +101,25 @@ class SitePruner:
                     operands += [] if isinstance(contexts, str) else [context.values for context in contexts]
         return [operand for operand in operands if isinstance(operand, fx.Node)]
 
+    def _filled(self, fused: list[Fused]) -> int:
+        """How many keys are gathered twice, and hidden, so that the kernel is faster."""
+        if not fused or self._skipping is not None:
+            return 0
+        prior, query = self._prior, fused[0].query.meta["val"]
+        channels = prior.heads * prior.width // 2
+        masked = not bool(self._left.all())
+        queries, keys = self._left.shape[-2:]
+        return filling(keys, queries, channels, masked, query.dtype, self._device.type)
+
     def _index(self, logarithm: fx.Node) -> fx.Node:
         """A node with the indices of the keys that are left; of those that a shorter input has not, the last one's.
 
-        What is gathered in their place is hidden: no query sees a key behind it.
+        What is gathered in their place is hidden: no query sees a key behind it. So are those that fill the kernel's
+        vectors, which are the last key again.
         """
         first = next(node for node in self._program.graph.nodes if node.op not in ("placeholder", "get_attr"))
-        path = self._buffer("kept_keys", self._kept.keys.nonzero().flatten())
+        left = self._kept.keys.nonzero().flatten()
+        path = self._buffer("kept_keys", torch.cat((left, left[-1:].expand(self._filling))))
         index = read_tensor(self._program, path, first)
         lengths = [node for node in _slices(logarithm) if _is_last(node)]
         if not lengths:
@@ -118,27 +141,26 @@ class SitePruner:
         return path
 
     def _leading(self, logarithm: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """What the prior adds at the length of a call, and where its scores are kept."""
-        name = "kept_scores" if self._gatherer is None else "kept_scores_of_all_keys"
-        whole = self._buffer(name, scores_like(self._kept.scores, logarithm))
-        kept = read_tensor(self._program, whole, logarithm)
+        """What the prior adds at the length of a call, and what is added where it cuts."""
+        name = "cut_scores" if self._gatherer is None else "cut_scores_of_all_keys"
+        whole = self._buffer(name, cut_like(self._kept.scores, logarithm))
+        cut = read_tensor(self._program, whole, logarithm)
         columns = None
         if self._gatherer is not None:
-            columns = read_tensor(
-                self._program, self._buffer("kept_scores", scores_like(self._left, logarithm)), logarithm
-            )
+            left = torch.nn.functional.pad(self._left, (0, self._filling))
+            columns = read_tensor(self._program, self._buffer("cut_scores", cut_like(left, logarithm)), logarithm)
         for node in _slices(logarithm):
             dim, length = node.args[1], node.args[3]
             assert isinstance(dim, int)
             assert isinstance(length, fx.Node)
             with inserting_before(node) as insert:
-                kept = leading(insert, kept, dim, length)
+                cut = leading(insert, cut, dim, length)
                 if columns is not None and not _is_last(node):
                     columns = leading(insert, columns, dim, length)
             logarithm = node
         if self._gatherer is not None and columns is not None:
-            self._gatherer.known(kept, -1, columns)
-        return logarithm, kept
+            self._gatherer.known(cut, -1, columns)
+        return logarithm, cut
 
     def _hides(self, mask: Unweighted) -> bool:
         """Whether a score that would be computed is hidden, by more than the other masks of the model."""
@@ -151,16 +173,21 @@ class SitePruner:
         plain = mask.rest is None and not mask.hidden and mask.triangle and not self._cuts_keys
         return plain and bool((self._left == self._prior.admissible).all())
 
-    def _fused(self, found: dict[fx.Node, Unweighted]) -> list[Fused]:
+    def _fused(self, logarithm: fx.Node) -> list[Fused]:
         """The fused attentions that the prior reaches; none where it also reaches others."""
+        found = follow_prior(logarithm, logarithm, causal=False)
+        remove_dead(self._program.graph)  # what was made on the way
         readers = [user for node in found for user in node.users if user not in found and user.op != "output"]
         return [Fused.of(node) for node in readers] if all(is_call(node, OPERATOR) for node in readers) else []
 
-    def _map(self, node: fx.Node, mask: Unweighted, skipping: Skipping | None) -> None:
+    def _map(self, node: fx.Node, mask: Unweighted) -> None:
         """A map that has its mask as an argument."""
+        skipping = self._skipping
         with inserting_before(node) as insert:
             is_causal = self._is_causal(mask)
-            shown = None if is_causal else mask.mask(insert, with_kept=self._hides(mask) and skipping is None)
+            others = mask.rest is not None or bool(mask.hidden)
+            hides = self._hides(mask) or (self._filling > 0 and others)
+            shown = None if is_causal else mask.mask(insert, with_cut=hides and skipping is None)
             query, key = node.args[:2]
             assert isinstance(query, fx.Node)
             assert isinstance(key, fx.Node)
@@ -175,6 +202,12 @@ class SitePruner:
                 if self._gatherer is None:
                     take_place(made, node)
                 return
+            if shown is not None:
+                shown = self._as_buffer(shown, node)
+            if shown is None and self._filling:
+                row = torch.zeros(1, int(self._kept.keys.sum()), dtype=query.meta["val"].dtype)
+                path = self._buffer("hidden_keys", torch.nn.functional.pad(row, (0, self._filling), value=-torch.inf))
+                shown = insert(_aten.type_as.default, read_tensor(self._program, path, node), query)
             fused = Fused.of(node)
             value = fused.value if self._gatherer is None else self._gatherer.gather(fused.value, -2)
             self._count(query, sizes(query)[-1] + sizes(value)[-1])
@@ -186,10 +219,27 @@ class SitePruner:
                 made = insert(OPERATOR, *operands, is_causal, **options)
         take_place(made, node)
 
+    def _as_buffer(self, mask: fx.Node, before: fx.Node) -> fx.Node:
+        """A mask that is a buffer with more dimensions, as a buffer of that shape: no call is to make it again."""
+        cast = packet(mask) is _aten.type_as
+        source = mask.args[0] if cast else mask
+        dims: list[int] = []
+        while isinstance(source, fx.Node) and is_call(source, _aten.unsqueeze.default):
+            dims.append(source.args[1])  # type: ignore[arg-type]
+            source = source.args[0]
+        if not dims or not isinstance(source, fx.Node) or str(source.target) not in self._buffers:
+            return mask
+        value = get_attribute(self._program.module, str(source.target))
+        for dim in reversed(dims):
+            value = value.unsqueeze(dim)
+        made = read_tensor(self._program, self._buffer("cut_scores", value), before)
+        with inserting_before(before) as insert:
+            return insert(_aten.type_as.default, made, mask.args[1]) if cast else made
+
     def _scores(self, reader: fx.Node, operand: fx.Node, scores: Unweighted) -> None:
         """Scores that the model normalises itself."""
         with inserting_before(reader) as insert:
-            masked = scores.mask(insert, with_kept=self._cuts_keys or self._hides(scores))
+            masked = scores.mask(insert, with_cut=self._cuts_keys or self._hides(scores))
             assert masked is not None
         reader.replace_input_with(operand, masked)
         dim = _softmax_dim(reader)
@@ -224,12 +274,21 @@ class SitePruner:
     def _batch(self, node: fx.Node, last: int) -> sympy.Expr:
         return sympy.sympify(product(sizes(node)[:-last])) / self._prior.heads
 
-    def _record(self, skipping: Skipping | None) -> SitePruning:
-        prior, heads = self._prior, self._prior.heads
+    def _extra_work(self) -> sympy.Expr:
+        """What the keys that fill the kernel's vectors cost, in projections and in the attentions."""
+        if self._gatherer is None or not self._filling:
+            return sympy.Integer(0)
+        share = sympy.Rational(self._filling, int(self._kept.keys.sum()) + self._filling)
+        pairs = self._prior.heads * self._prior.admissible.shape[0] * self._filling
+        return sympy.expand(share * self._gatherer.work + pairs * sympy.Add(*self._work))
+
+    def _record(self) -> SitePruning:
+        prior, heads, skipping = self._prior, self._prior.heads, self._skipping
         times = heads if len(self._left) == 1 else 1
         kept = int(self._left.sum()) * times
         left = int(prior.admissible[:, self._kept.keys].sum()) * heads
-        computed = heads * self._left[0].numel() if skipping is None else skipping.pairs
+        queries, columns = self._left.shape[-2:]
+        computed = heads * queries * (columns + self._filling) if skipping is None else skipping.pairs
         return SitePruning(
             site=prior.site,
             stack=prior.stack,
@@ -243,8 +302,10 @@ class SitePruner:
             computed=computed,
             unskipped=left - kept if skipping is None else 0,
             work=sympy.Add(*self._work),
+            repeated=self._filling,
+            repeated_work=self._extra_work(),
             lowering="mask" if skipping is None else skipping.lowering,
-            reason=_reason(self._cuts_keys, left > kept) if skipping is None else skipping.reason,
+            reason=_reason(self._cuts_keys, left > kept, self._filling) if skipping is None else skipping.reason,
         )
 
 
@@ -267,6 +328,7 @@ def _softmax_dim(node: fx.Node) -> int | None:
     return arguments(node)["dim"] % len(sizes(node)) if packet(node) in SOFTMAX else None
 
 
-def _reason(cuts_keys: bool, hides: bool) -> str:
+def _reason(cuts_keys: bool, hides: bool, filling: int) -> str:
     keys = "keys are gathered before they are projected" if cuts_keys else "all keys are left"
-    return f"{keys}; single scores are hidden by a mask" if hides else f"{keys}, and all their scores"
+    scores = f"{keys}; single scores are hidden by a mask" if hides else f"{keys}, and all their scores"
+    return f"{scores}; {filling} more, hidden, fill the kernel's vectors" if filling else scores

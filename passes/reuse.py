@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxreuse.attention import AttentionSite
+from fxreuse.errors import UnsupportedError
 from fxreuse.layouts.layout import context_of
 from fxreuse.nodes import is_call, remove_dead
 from fxreuse.program import Program
@@ -72,12 +73,9 @@ def reuse(
         UnsupportedError: where the lowering cannot express a site; the reason is named.
     """
     check_groups(program, sites, leaders)
-    program = program.copy()
     before = reads(program)
+    program, decisions = _lowered(program, sites, leaders, lowering, dtype)
     followers = [sites[layer] for layer, leader in enumerate(leaders) if layer != leader]
-    chosen, reason = _choose(program, sites, leaders, lowering, dtype)
-    lowerer = Recomputer(program) if chosen == "recompute" else Materializer(program, dtype)
-    decisions = _lower(lowerer, sites, leaders, chosen, reason)
     remove_dead(program.graph)
     removed = cut_projections(program, followers)
     added = widen_values(program, followers, values)
@@ -91,6 +89,33 @@ def reuse(
     buffers = tuple(sorted(gone - parameters - program.non_persistent))
     notes = tuple(still_computed(program, followers))
     return Reuse(program, with_added(with_removed(decisions, removed), added), removed, added, buffers, notes)
+
+
+def _lowered(
+    program: Program,
+    sites: Sequence[AttentionSite],
+    leaders: Sequence[int],
+    lowering: str,
+    dtype: torch.dtype | None,
+) -> tuple[Program, list[Decision]]:
+    """A program in which the groups share their maps, and a decision for each layer.
+
+    A lowering that was chosen gives way to the other one where it is refused. Where both are, what counts is what the
+    first says.
+    """
+    chosen, reason = _choose(program, sites, leaders, lowering, dtype)
+    try:
+        return _lower(program.copy(), sites, leaders, chosen, reason, dtype)
+    except UnsupportedError as refused:
+        if lowering != "auto" or dtype is not None:
+            raise
+        refusal = refused
+    other = "recompute" if chosen == "materialize" else "materialize"
+    reason = f"{reason}, but {chosen} is refused here: {refusal}"
+    try:
+        return _lower(program.copy(), sites, leaders, other, reason, dtype)
+    except UnsupportedError:
+        raise refusal from None
 
 
 def _choose(
@@ -111,20 +136,22 @@ def _choose(
 
 
 def _lower(
-    lowerer: Materializer | Recomputer,
+    program: Program,
     sites: Sequence[AttentionSite],
     leaders: Sequence[int],
     lowering: str,
     reason: str,
-) -> list[Decision]:
-    """Rewrite every group that has followers; a decision for each layer."""
+    dtype: torch.dtype | None,
+) -> tuple[Program, list[Decision]]:
+    """Rewrite every group that has followers, in place; the program, and a decision for each layer."""
+    lowerer = Recomputer(program) if lowering == "recompute" else Materializer(program, dtype)
     followers: dict[int, list[AttentionSite]] = {}
     for layer, leader in enumerate(leaders):
         if layer != leader:
             followers.setdefault(leader, []).append(sites[layer])
     for leader, members in followers.items():
         lowerer.share(sites[leader], members)
-    return [
+    return program, [
         decision(site, sites[leader], True, lowering, reason)
         if leader in followers
         else decision(site, site, False, None, "nobody shares it")

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxreuse.cost_model.attention_time import SharedMap
+from fxreuse.cost_model.device import Device
 from fxreuse.errors import UnsupportedError
 from fxreuse.finding.axes import sizes
-from fxreuse.priors.block_attention import flex_attention_over_blocks, gathered_attention
+from fxreuse.priors.block_attention import Counts, flex_attention_over_blocks, gathered_attention
 from fxreuse.priors.selection import Kept, block_sums
 from fxreuse.program import Program
 
@@ -20,10 +22,10 @@ from .fused import Fused
 from .insert_priors import SitePrior
 from .new_tensors import read_tensor
 
-# What a gathered row of blocks costs on a CPU, in scores of the fused kernel: the call, and copies of keys and values.
-# benchmarks/fiak_latency.py shows what comes of it.
-_ROW = 4000
-_GATHERED = 1.4
+# The fused kernel of a CPU takes 256 queries at a time where there are so many, and fewer, which takes so many times as
+# long for each, where there are not (`benchmarks/fiak_latency.py long`).
+_MANY = 768
+_FEW = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,13 @@ class Skipping:
     keys: int
     positions: torch.Tensor | None
     pairs: int
+
+    @property
+    def counts(self) -> Counts:
+        """For every head, or for all together, how many keys each row of blocks has."""
+        widths = torch.full((self.blocks.shape[-1],), self.block)
+        widths[-1] -= -self.keys % self.block
+        return tuple(tuple(row) for row in (self.blocks * widths).sum(-1).tolist())
 
     def attend(
         self,
@@ -60,10 +69,8 @@ class Skipping:
         if self.lowering == "flex":
             blocks = read("kept_blocks", self.blocks)
             return _call(node, flex_attention_over_blocks, *operands, *options, blocks, self.block, positions)
-        rows = _rows(self.blocks, self.block, self.keys)
-        columns = read("kept_columns", torch.cat([row for head in rows for row in head]))
-        counts = tuple(tuple(map(len, head)) for head in rows)
-        return _call(node, gathered_attention, *operands, *options, columns, counts, self.block, positions)
+        columns = read("kept_columns", self.blocks.nonzero()[:, -1])
+        return _call(node, gathered_attention, *operands, *options, columns, self.counts, self.block, positions)
 
 
 def _call(node: fx.Node, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
@@ -105,10 +112,30 @@ def choose_skipping(
     lowering = wanted if wanted != "auto" else "gather" if device.type in ("cpu", "meta") else "flex"
     share = pairs / (prior.heads * lengths[0] * lengths[1])
     reason = f"{100 * (1 - share):.1f} % of the blocks of {block}×{block} scores are skipped"
-    dense = lengths[0] * lengths[1]
-    if wanted == "auto" and _GATHERED * share * dense + _ROW * blocks.shape[-2] > dense:
-        return None
-    return Skipping(lowering, reason, blocks, block, lengths[1], positions, pairs)
+    skipping = Skipping(lowering, reason, blocks, block, lengths[1], positions, pairs)
+    if wanted == "auto" and lowering == "gather":
+        seconds = _seconds(prior, skipping, lengths)
+        shown = ", ".join(f"{1e3 * time:.1f} ms" for time in seconds)
+        if seconds[0] >= seconds[1]:
+            return None
+        return dataclasses.replace(skipping, reason=f"{reason}; gathered, with a mask: {shown}")
+    return skipping
+
+
+def _seconds(prior: SitePrior, skipping: Skipping, lengths: tuple[int, int]) -> tuple[float, float]:
+    """What a CPU takes for one sample with gathered keys, and with a mask, as the cost model has it."""
+    device, (queries, keys) = Device.typical_cpu(), lengths
+    width = prior.width // 2
+
+    def attention(heads: int, queries: int, keys: int, masked: bool) -> float:
+        return SharedMap(heads, queries, keys, width, prior.width - width, 1, masked=masked).computed_again(device)
+
+    heads = prior.heads // len(skipping.blocks)
+    few = _FEW if queries >= _MANY > skipping.block else 1.0
+    counts = [count for head in skipping.counts for count in head]
+    gathered = sum(few * attention(heads, skipping.block, n, skipping.positions is not None) for n in counts)
+    moved = 2 * heads * sum(counts) * prior.width * torch.float32.itemsize
+    return gathered + moved / device.memory, attention(prior.heads, queries, keys, True)
 
 
 def _obstacle(
@@ -129,9 +156,3 @@ def _obstacle(
     if not torch.equal(visible, left):
         return "skips blocks whose scores are all cut or all left, and here some are cut in part"
     return None
-
-
-def _rows(blocks: torch.Tensor, block: int, keys: int) -> list[list[torch.Tensor]]:
-    """For every head and row of blocks the keys that it has."""
-    visible = blocks.repeat_interleave(block, -1)[..., :keys]
-    return [[row.nonzero().flatten() for row in head] for head in visible]

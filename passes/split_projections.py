@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,24 +29,39 @@ class _Leaf:
     node: fx.Node
     arrangement: Arrangement
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """The features of the projection, in the order in which the value has them."""
+        return self.arrangement.rows.flatten()
+
 
 def split_projections(program: Program, operands: Iterable[fx.Node]) -> None:
     """Take the fused projections behind some values apart. Works on the program in place; exact tier.
 
-    Sound because every value behind a projection is made of the same products as before: which weight row feeds which
-    channel is read off the graph by pushing indices through the moves behind it, and a projection of which this cannot
-    be told, or of whose rows two values have the same, is left as it is. The parameters stay whole.
+    What these values are made of gets a product of its own, and so does each of the rest: keys and values, say, one
+    together, and queries another. Sound because every value behind a projection is made of the same products as before:
+    which weight row feeds which channel is read off the graph by pushing indices through the moves behind it, and a
+    projection of which this cannot be told, or of whose rows two values have the same, is left as it is. The parameters
+    stay whole.
     """
-    for projection in _projections(program, operands):
+    projections, behind = _projections(program, operands)
+    for projection in projections:
         leaves = _leaves(projection)
         if len(leaves) > 1:
-            for leaf in leaves:
-                _project(program, projection, leaf)
+            groups = _groups(projection, leaves, behind)
+            first = min(leaf.node for leaf in leaves)
+            with inserting_before(first) as insert:
+                weights = _shares(program, insert, first, projection, projection.weights[0], projection.axis, groups)
+                biases: Sequence[fx.Node | None] = [None] * len(groups)
+                if projection.biases:
+                    biases = _shares(program, insert, first, projection, projection.biases[0], 0, groups)
+            for group, weight, bias in zip(groups, weights, biases, strict=True):
+                _project(projection, group, weight, bias)
     remove_dead(program.graph)
 
 
-def _projections(program: Program, operands: Iterable[fx.Node]) -> list[Projection]:
-    """The nearest projections behind some values, each once."""
+def _projections(program: Program, operands: Iterable[fx.Node]) -> tuple[list[Projection], set[fx.Node]]:
+    """The nearest projections behind some values, each once, and the nodes from there to the values."""
     pending, seen = list(operands), set(operands)
     found: dict[fx.Node, Projection] = {}
     while pending:
@@ -57,7 +73,7 @@ def _projections(program: Program, operands: Iterable[fx.Node]) -> list[Projecti
         ahead = [operand for operand in node.all_input_nodes if operand not in seen]
         seen.update(ahead)
         pending += ahead if node.op == "call_function" and (is_move(node) or _keeps_tokens(node)) else []
-    return list(found.values())
+    return list(found.values()), seen
 
 
 def _keeps_tokens(node: fx.Node) -> bool:
@@ -76,11 +92,12 @@ def _leaves(projection: Projection) -> list[_Leaf]:
         arrangement = arrange(tokens, rows, count) if isinstance(tokens, torch.Tensor) else None
         if arrangement is None or not fits(arrangement, node):
             return []
-        own = set(arrangement.rows.flatten().tolist())
+        leaf = _Leaf(node, arrangement)
+        own = set(leaf.rows.tolist())
         if own & taken:
             return []
         taken |= own
-        found.append(_Leaf(node, arrangement))
+        found.append(leaf)
     return found
 
 
@@ -93,18 +110,48 @@ def _ends(node: fx.Node, indices: tuple[Any, Any]) -> Iterator[tuple[fx.Node, tu
         yield from _ends(user, push(user, indices))
 
 
-def _project(program: Program, projection: Projection, leaf: _Leaf) -> None:
-    """Compute a leaf from its own rows."""
-    rows = projection.rows[leaf.arrangement.rows.flatten()]
-    with inserting_before(leaf.node) as insert:
-        weight = _rows(program, insert, leaf, projection.weights[0], projection.axis, rows)
+def _groups(projection: Projection, leaves: list[_Leaf], behind: set[fx.Node]) -> list[list[_Leaf]]:
+    """The leaves that one product is to give: those that are behind the values, where no more copies come of that.
+
+    A product with rows that lie side by side reads the weight itself, any other a copy of some rows.
+    """
+    together = sorted((leaf for leaf in leaves if leaf.node in behind), key=lambda leaf: int(leaf.rows.min()))
+    others = [[leaf] for leaf in leaves if leaf.node not in behind]
+    if together and _is_range(_rows_of(projection, together)):
+        return [*others, together]
+    if any(_is_range(_rows_of(projection, [leaf])) for leaf in together):
+        return [*others, *([leaf] for leaf in together)]
+    return [*others, together] if together else others
+
+
+def _rows_of(projection: Projection, leaves: list[_Leaf]) -> torch.Tensor:
+    """The rows of the weight that feed some leaves, one leaf after the other."""
+    return projection.rows[torch.cat([leaf.rows for leaf in leaves])]
+
+
+def _is_range(rows: torch.Tensor) -> bool:
+    return torch.equal(rows, torch.arange(int(rows[0]), int(rows[0]) + len(rows)))
+
+
+def _project(projection: Projection, leaves: list[_Leaf], weight: fx.Node, bias: fx.Node | None) -> None:
+    """Compute leaves from their own rows, in one product."""
+    with inserting_before(min(leaf.node for leaf in leaves)) as insert:
         weight = weight if projection.axis == 0 else insert(_aten.t.default, weight)
-        bias = None
-        if projection.biases:
-            bias = _rows(program, insert, leaf, projection.biases[0], 0, rows)
         base = insert(_aten.linear.default, _source(projection), weight, bias)
-        made = Layer(leaf.arrangement, leaf.node, insert).lay_out(base, base.meta["val"].dim() - 1)
-    take_place(made, leaf.node)
+        feature = base.meta["val"].dim() - 1
+        parts = _split(insert, base, feature, [len(leaf.rows) for leaf in leaves])
+    for leaf, part in zip(leaves, parts, strict=True):
+        with inserting_before(leaf.node) as insert:
+            made = Layer(leaf.arrangement, leaf.node, insert).lay_out(part, feature)
+        take_place(made, leaf.node)
+
+
+def _split(insert: Insert, value: fx.Node, axis: int, sizes: list[int]) -> list[fx.Node]:
+    """The parts of a value side by side along an axis: views, made by one operator, whose gradient is one copy."""
+    if len(sizes) == 1:
+        return [value]
+    parts = insert(_aten.split_with_sizes.default, value, sizes, axis)
+    return [insert(operator.getitem, parts, place) for place in range(len(sizes))]
 
 
 def _source(projection: Projection) -> fx.Node:
@@ -117,11 +164,33 @@ def _source(projection: Projection) -> fx.Node:
     return operand if (len(before), len(after)) == (3, 2) and before[-1] == after[-1] else source
 
 
-def _rows(program: Program, insert: Insert, leaf: _Leaf, parameter: fx.Node, axis: int, rows: torch.Tensor) -> fx.Node:
+def _shares(
+    program: Program,
+    insert: Insert,
+    before: fx.Node,
+    projection: Projection,
+    parameter: fx.Node,
+    axis: int,
+    groups: list[list[_Leaf]],
+) -> list[fx.Node]:
+    """The rows of a parameter that each group has: views where they lie side by side, copies elsewhere."""
+    rows = [_rows_of(projection, group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda place: int(rows[place][0]))
+    if torch.equal(torch.cat([rows[place] for place in order]), torch.arange(parameter.meta["val"].shape[axis])):
+        parts = _split(insert, parameter, axis, [len(rows[place]) for place in order])
+        return [parts[order.index(place)] for place in range(len(groups))]
+    return [
+        _some_rows(program, insert, before, parameter, axis, own, group[0].node.name)
+        for group, own in zip(groups, rows, strict=True)
+    ]
+
+
+def _some_rows(
+    program: Program, insert: Insert, before: fx.Node, parameter: fx.Node, axis: int, rows: torch.Tensor, reader: str
+) -> fx.Node:
     """Some rows of a parameter: a view where they lie side by side."""
-    first, count = int(rows[0]), len(rows)
-    if torch.equal(rows, torch.arange(first, first + count)):
-        return insert(_aten.slice.Tensor, parameter, axis, first, first + count)
-    path = f"{parameter.target}_rows_of_{leaf.node.name}"
+    if _is_range(rows):
+        return insert(_aten.slice.Tensor, parameter, axis, int(rows[0]), int(rows[0]) + len(rows))
+    path = f"{parameter.target}_rows_of_{reader}"
     put_tensor(program, path, rows)
-    return insert(_aten.index_select.default, parameter, axis, read_tensor(program, path, leaf.node))
+    return insert(_aten.index_select.default, parameter, axis, read_tensor(program, path, before))

@@ -27,29 +27,29 @@ MAPS = (OPERATOR, attention_map)
 class Unweighted:
     """A value that had a prior added, in parts: ``rest`` is what is left of it, None for zeros.
 
-    ``kept`` says where the scores are kept, in its layout; ``hidden`` are conditions under which they are hidden by
-    something else. ``triangle`` says that a causal mask was left out, which ``kept`` stands for.
+    ``cut`` is to be added where the prior cuts, in its layout: 0 for scores that are kept, minus infinity for others.
+    ``hidden`` are conditions under which scores are hidden by something else. ``triangle`` says that a causal mask was
+    left out, which ``cut`` stands for.
     """
 
     rest: fx.Node | None
-    kept: fx.Node
+    cut: fx.Node
     hidden: tuple[fx.Node, ...] = ()
     triangle: bool = False
 
-    def shown(self, insert: Insert, with_kept: bool = True) -> fx.Node | None:
-        """Where nothing hides the scores; None for everywhere."""
-        conditions = [self.kept] if with_kept else []
-        conditions += [_opposite(insert, node) for node in self.hidden]
-        if not conditions:
-            return None
-        return functools.reduce(lambda one, other: insert(_aten.logical_and.default, one, other), conditions)
+    def mask(self, insert: Insert, with_cut: bool = True) -> fx.Node | None:
+        """The same as a mask of a fused attention, None for none: boolean where nothing is added to the scores.
 
-    def mask(self, insert: Insert, with_kept: bool = True) -> fx.Node | None:
-        """The same as a mask of a fused attention."""
-        shown = self.shown(insert, with_kept)
-        if self.rest is None or shown is None:
-            return shown if self.rest is None else self.rest
-        return insert(_aten.masked_fill.Scalar, self.rest, insert(_aten.logical_not.default, shown), -math.inf)
+        What is cut is added, not a condition: a kernel that adds its mask would make numbers of it at every call.
+        """
+        terms = [node for node in (self.rest, self.cut if with_cut else None) if node is not None]
+        if not terms:
+            shown = [_opposite(insert, node) for node in self.hidden]
+            return functools.reduce(functools.partial(insert, _aten.logical_and.default), shown) if shown else None
+        mask = functools.reduce(functools.partial(insert, _aten.add.Tensor), terms)
+        for condition in self.hidden:
+            mask = insert(_aten.masked_fill.Scalar, mask, condition, -math.inf)
+        return mask
 
 
 def _opposite(insert: Insert, node: fx.Node) -> fx.Node:
@@ -59,15 +59,15 @@ def _opposite(insert: Insert, node: fx.Node) -> fx.Node:
     return insert(_aten.logical_not.default, node)
 
 
-def follow_prior(logarithm: fx.Node, kept: fx.Node, causal: bool) -> dict[fx.Node, Unweighted]:
+def follow_prior(logarithm: fx.Node, cut: fx.Node, causal: bool) -> dict[fx.Node, Unweighted]:
     """Every value that a prior's logarithm was added to, on its way to the attention maps, without it.
 
     Arguments:
         logarithm: what the prior adds.
-        kept: a boolean value of the same shape, behind which nothing that it hides is shown.
-        causal: whether ``kept`` hides what a causal mask does.
+        cut: a value of the same shape, 0 or minus infinity, to be added where the prior cuts.
+        causal: whether ``cut`` hides what a causal mask does.
     """
-    found = {logarithm: Unweighted(None, kept)}
+    found = {logarithm: Unweighted(None, cut)}
     for node in _behind(logarithm):
         parts = _step(node, found, causal)
         if parts is not None:
@@ -125,6 +125,5 @@ def _mapped(node: fx.Node, operand: fx.Node, before: Unweighted, same: bool) -> 
             return insert(node.target, *args, **kwargs)
 
         rest = None if before.rest is None else again(before.rest)
-        if same:
-            return dataclasses.replace(before, rest=rest)
-        return Unweighted(rest, again(before.kept), tuple(map(again, before.hidden)), before.triangle)
+        hidden = before.hidden if same else tuple(map(again, before.hidden))
+        return Unweighted(rest, again(before.cut), hidden, before.triangle)

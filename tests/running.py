@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import fxreuse
+from fxreuse.frontend import lengths
 from fxreuse.map_workspace import attention_map
 from fxreuse.program import Program
 
@@ -43,11 +44,23 @@ def call_original(model: torch.nn.Module, inputs: Inputs) -> Any:
     return call(model, inputs)
 
 
-def apply_captured(model: torch.nn.Module, program: Program, plan: str, **options: Any) -> Any:
-    """What `fxreuse.apply` makes of a model that was captured before: no pass changes the program that it is given."""
+def apply_captured(
+    model: torch.nn.Module,
+    program: Program,
+    plan: str,
+    *inputs: Any,
+    fixed: Callable[[], Program] | None = None,
+    **options: Any,
+) -> Any:
+    """What `fxreuse.apply` makes of a model that was captured before: no pass changes the program that it is given.
+
+    ``fixed`` gives the program with its lengths fixed, for plans that need that.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apply_module, "load_program", lambda *_: program)
-        return fxreuse.apply(model, plan, **options)
+        if fixed is not None:
+            patch.setattr(lengths, "load_program", lambda *_, **__: fixed())
+        return fxreuse.apply(model, plan, *inputs, **options)
 
 
 def cast(inputs: Inputs, to: torch.dtype | str) -> Inputs:

@@ -166,7 +166,7 @@ REFUSALS = {
     "whole numbers": Refusal(transformer, "2x*", X["x"].long(), fxreuse.InputError, ("dtype",)),
     "another device": Refusal(transformer, "2x*", X["x"].to("meta"), fxreuse.FxReuseError, ("meta",)),
     "an empty batch": Refusal(transformer, "2x*", X["x"][:0], fxreuse.InputError, ("batch of 0",)),
-    "wrong width": Refusal(transformer, "2x*", torch.zeros(2, 5, 6), fxreuse.FxReuseError, ("6", "8")),
+    "wrong width": Refusal(transformer, "2x*", torch.zeros(2, 5, 6), fxreuse.FxReuseError, ("6", "8", " in forward: ")),
 }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import Dim
 
 from fxreuse.errors import CaptureError, InputError
+from fxreuse.frontend import witness
 from fxreuse.frontend.capture import capture
 from fxreuse.frontend.example_sizes import widen_batch
 from fxreuse.frontend.inputs import Inputs
@@ -241,6 +242,25 @@ def test_a_length_that_a_model_remembers_does_not_hide_what_follows_its_dtype() 
     (cast,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)
     assert cast.meta[FOLLOWS]
     assert program.notes == ()
+
+
+class Moving(nn.Module):
+    """Moves a value to the device of another one, and no more than that names a dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.sin().to(x.device)
+
+
+def test_what_is_moved_to_a_device_needs_no_trace_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_twin(*_: object) -> None:
+        raise AssertionError("a second trace")
+
+    monkeypatch.setattr(witness, "_twin_calls", no_twin)
+    model = nn.Sequential(nn.Linear(6, 6), Moving())
+    program = load_program(model, torch.randn(X))
+    assert program.notes == ()
+    x = torch.randn(X, dtype=torch.float64)
+    assert torch.equal(copy.deepcopy(program.module).double()(x)[0], copy.deepcopy(model).double()(x))
 
 
 @pytest.mark.parametrize("enabled", [True, False])

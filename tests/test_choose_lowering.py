@@ -23,6 +23,7 @@ from fxreuse.program import Program
 from .test_lowerings import Attend, Model, capped, divided, fused, inputs, unfused
 
 choosing = importlib.import_module("fxreuse.passes.choose_lowering")
+reusing = importlib.import_module("fxreuse.passes.reuse")
 
 ATTENTIONS: dict[str, Attend] = {
     "fused": fused(),
@@ -113,28 +114,40 @@ def test_a_map_that_takes_much_of_the_memory_is_not_stored(monkeypatch: pytest.M
         assert ("memory" in reason or "quarter" in reason) == (expected == "recompute")
 
 
+def lowered(kind: str, leaders: Sequence[int] = (0, 0, 2, 2)) -> set[tuple[str | None, str]]:
+    """The lowerings of a stack with the reasons for them, as in the record."""
+    given = program(kind)
+    return {(made.lowering, made.reason) for made in reusing.reuse(given, find(given), leaders).decisions}
+
+
 def test_where_the_choice_is_refused_it_is_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "_memory", lambda device: 8)
-    lowering, reason = choose("soft cap")
+    ((lowering, reason),) = lowered("soft cap")
     assert lowering == "materialize"
     assert "quarter" in reason
     assert "recompute is refused here: layers.0" in reason
     assert "tanh" in reason
 
 
-def test_where_both_are_refused_the_choice_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pass then says why, in its own words."""
+class Refusing:
+    """A lowering that cannot express anything."""
 
-    class Refusing:
-        def __init__(self, program: Program) -> None: ...
+    def __init__(self, program: Program, dtype: torch.dtype | None = None) -> None: ...
 
-        def share(self, leader: AttentionSite, followers: Sequence[AttentionSite]) -> None:
-            raise fxreuse.UnsupportedError("not here")
+    def share(self, leader: AttentionSite, followers: Sequence[AttentionSite]) -> None:
+        raise fxreuse.UnsupportedError("not here")
 
-    monkeypatch.setitem(choosing._LOWERINGS, "materialize", Refusing)
-    lowering, reason = choose("fused")
+
+def test_it_is_tried_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reusing, "Materializer", Refusing)
+    ((lowering, reason),) = lowered("fused")
     assert (lowering, reason.endswith("materialize is refused here: not here")) == ("recompute", True)
-    assert choose("soft cap")[0] == "materialize"
+
+
+def test_where_both_are_refused_it_says_why_the_choice_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reusing, "Materializer", Refusing)
+    with pytest.raises(fxreuse.UnsupportedError, match="not here"):
+        lowered("soft cap")
 
 
 def test_on_an_accelerator_fused_attention_stays_fused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,16 +35,26 @@ from .fiak_models import (
     Windowed,
     build,
 )
-from .running import assert_same, assert_same_gradients, gradients
+from .running import apply_captured, assert_same, assert_same_gradients, gradients
 
 EXACT = 1e-12
+
+
+built = functools.cache(build)
+
+
+@functools.cache
+def program(kind: type[Attention], layers: int, fixed: bool = False):
+    """A model's program, with its lengths free or fixed."""
+    return load_program(*built(kind, layers), fixed_lengths=fixed)
 
 
 @functools.cache
 def captured(kind: type[Attention], plan: str = "fiak", layers: int = 1):
     """A model, its inputs, and the model with priors; tests leave all three as they are."""
-    model, x = build(kind, layers)
-    return model, x, fxreuse.apply(model, plan, x)
+    model, x = built(kind, layers)
+    fixed = functools.partial(program, kind, layers, fixed=True)
+    return model, x, apply_captured(model, program(kind, layers), plan, x, fixed=fixed)
 
 
 def with_random_priors(weighed: nn.Module, seed: int = 0) -> nn.Module:
@@ -75,7 +85,7 @@ def cut(pruned: nn.Module, model: Layers, weighed: nn.Module, **fractions: float
 
     extras = []
     for prior, attention in zip(priors_of(weighed), model.attentions, strict=True):
-        seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+        seen = torch.ones(prior.shape[-2:], dtype=torch.bool)
         seen = seen.tril() if attention.causal else seen
         seen = seen.tril().triu(-3) if isinstance(attention, Windowed) else seen
         magnitude = prior.detach().abs().reshape(-1, *prior.shape[-2:])
@@ -131,14 +141,41 @@ def test_pruned_is_dense_with_minus_infinity(kind, fractions):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Windowed])
 def test_keys_are_cut_before_they_are_projected(kind):
-    model, x, weighed = captured(kind)
-    pruned = fxreuse.prune(with_random_priors(weighed), keys=0.25)
-    macs = summarise(load_program(pruned, x)).macs
-    dense = summarise(load_program(model, x)).macs
+    pruned = fxreuse.prune(with_random_priors(captured(kind)[2]), keys=0.25)
+    macs = summarise(pruned.program).macs
+    dense = summarise(program(kind, 1)).macs
     sizes = {symbol: {"B": 1, "T": LENGTH}[str(symbol)] for symbol in macs.free_symbols | dense.free_symbols}
     projected = {Grouped: DIM // HEADS, LowRank: DIM + 6}.get(kind, DIM), DIM // HEADS if kind is Grouped else DIM
     saved = 3 * (DIM * sum(projected) + 2 * LENGTH * DIM)  # three keys
     assert (dense - macs).xreplace(sizes) == saved
+
+
+@pytest.mark.parametrize("kind", [FusedProjection, Causal])
+@pytest.mark.parametrize("scores", [0.0, 0.5])
+def test_keys_fill_the_vectors_of_the_kernel(kind, scores):
+    model, weighed = captured_long(kind)
+    x = torch.randn(2, 40, DIM).double()
+    pruned = fxreuse.prune(weighed, scores=scores, keys=0.25)
+    assert_same(pruned(x), reference(model, cut(pruned, model, weighed, scores=scores, keys=0.25), x), EXACT)
+    (site,) = fxreuse.describe(pruned).pruned
+    assert (site.keys_kept, site.repeated, site.computed) == (30, 2, HEADS * 40 * 32)
+    if kind is Causal:
+        for length in (1, 13):
+            assert_same(pruned(x[:, :length]), pruned(x)[:, :length], EXACT)
+    else:
+        work = summarise(pruned.program, pruned=[site]).at(B=1)
+        cut_keys = 10 * (2 * DIM**2 + 2 * 40 * DIM)
+        cut_scores = 2 * DIM * (30 * 40 - site.scores_kept // HEADS)
+        dense = 40 * 5 * DIM**2 + 2 * 40**2 * DIM
+        assert work.macs_algorithmic == dense - cut_keys - cut_scores
+        assert work.macs == dense - cut_keys + 2 * (2 * DIM**2 + 2 * 40 * DIM)
+
+
+@functools.cache
+def captured_long(kind):
+    """A model, and with random priors over a length at which vectors are filled."""
+    model, _ = built(kind, 1)
+    return model, with_random_priors(fxreuse.apply(model, "fiak", torch.randn(2, 40, DIM).double()))
 
 
 @pytest.mark.parametrize("kind", [FusedProjection, Causal])
@@ -246,9 +283,8 @@ def test_pairs_that_no_query_sees_get_no_gradient():
     [(FusedProjection, "materialize"), (Causal, "recompute"), (Unfused, "materialize"), (Unfused, "recompute")],
 )
 def test_followers_share_the_pruned_map_of_their_leader(kind, lowering):
-    model, x = build(kind, 4)
-    plan = f"fiak | 2x2 lowering={lowering}"
-    weighed = with_random_priors(fxreuse.apply(model, plan, x))
+    model, x, weighed = captured(kind, f"fiak | 2x2 lowering={lowering}", layers=4)
+    weighed = with_random_priors(weighed)
     assert len(priors_of(weighed)) == 2
     for fractions in ({"scores": 0.0, "keys": 0.0}, {"scores": 0.4}, {"scores": 0.4, "keys": 0.25}):
         pruned = fxreuse.prune(weighed, **fractions)
@@ -388,14 +424,14 @@ def test_models_without_priors():
     with pytest.raises(fxreuse.FxReuseError, match=r"Layers was not made by fxreuse\.apply, and has no priors"):
         fxreuse.prune(model)
     with pytest.raises(fxreuse.FxReuseError, match="has no priors to prune by"):
-        fxreuse.prune(fxreuse.apply(model, "1x1", x))
+        fxreuse.prune(apply_captured(model, program(FusedProjection, 1), "1x1", x))
     pruned = fxreuse.prune(weighed, keys=0.25)
     with pytest.raises(fxreuse.FxReuseError, match="was pruned already"):
         fxreuse.prune(pruned, keys=0.5)
 
 
 def test_what_cannot_be_pruned():
-    model, x, weighed = captured(FusedProjection)
+    weighed = captured(FusedProjection)[2]
     mixture = captured(FusedProjection, "fiak prior=mixture")[2]
     with pytest.raises(PlanError, match="needs a prior for every query and key"):
         fxreuse.prune(mixture, scores=0.5)
@@ -409,7 +445,7 @@ def test_what_cannot_be_pruned():
     with pytest.raises(UnsupportedError, match=r"lowering=gather needs a fused attention"):
         fxreuse.prune(unfused, scores=0.4, lowering="gather")
     with pytest.raises(PlanError, match="priors twice"):
-        fxreuse.apply(model, "fiak | fiak", x)
+        captured(FusedProjection, "fiak | fiak")
 
 
 def test_exported_programs_need_a_length_that_is_known():
@@ -436,9 +472,8 @@ def test_find_sees_the_sites_of_what_comes_out():
 
 
 def test_beside_shared_weights_with_residuals():
-    model, x = build(Attention)
-    shared = fxreuse.apply(model, "residual k=2 r=4", x)
-    weighed = fxreuse.apply(model, "fiak | residual k=2 r=4", x)
+    _, x, shared = captured(Attention, "residual k=2 r=4", layers=2)
+    weighed = captured(Attention, "fiak | residual k=2 r=4", layers=2)[2]
     assert_same(weighed(x), shared(x), EXACT)
     weighed = with_random_priors(weighed)
     assert_same(fxreuse.prune(weighed, scores=0, keys=0)(x), shared(x), EXACT)

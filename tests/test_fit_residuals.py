@@ -1,4 +1,4 @@
-"""The fit of shared matrices and residuals, on trained and on random ones: against rank, and a plain decomposition."""
+"""The fit of shared matrices and residuals, on trained weights and random ones, against rank and a plain SVD."""
 
 from __future__ import annotations
 

@@ -172,6 +172,7 @@ def test_ends_of_ranges_may_be_floats() -> None:
     program = load_program(model, torch.randn(2, 5, 6))
     check = checker(program.guards, program.call.leaves, "Ranges")
     assert any("sym_float" in guard.source for guard in program.guards)
+    program.module(torch.randn(2, 5, 6))  # from its first run on it has code that can be traced
     compiled = torch.compile(
         lambda x: (check(x), program.module(x)[0])[1], backend="eager", fullgraph=True, dynamic=True
     )

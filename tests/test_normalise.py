@@ -398,6 +398,13 @@ def made_in_float(self: Body, x: torch.Tensor) -> Any:
     return self.linear(x) * fixed, own * 1
 
 
+def moved_to_a_device(self: Body, x: torch.Tensor) -> Any:
+    h = self.linear(x)
+    moved = h.to(x.device)
+    wide = h.float().to(x.device)
+    return moved / 3, wide / 3, (wide.to(x.device, copy=True) - 1), h.to(x.device, copy=True) + 1
+
+
 def from_a_number_in_float(self: Body, x: torch.Tensor) -> torch.Tensor:
     """Falcon's slopes: a factory, a power with integers, a cast, and back to the model's."""
     base = torch.full((), 0.3, dtype=torch.float32, device=x.device)
@@ -426,6 +433,7 @@ def from_the_default_type(self: Body, x: torch.Tensor) -> torch.Tensor:
         sliced_beside_its_cast,
         cast_inside_a_region,
         made_in_float,
+        moved_to_a_device,
         factories,
     ],
 )

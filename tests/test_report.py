@@ -252,6 +252,20 @@ def test_priors_are_costed_as_what_they_are_to_prune():
     assert fxreuse.report(model, "fiak", torch.randn(2, 10, 16)).after.macs == found.before.macs
 
 
+def test_scores_that_are_pruned_and_computed_all_the_same_are_no_part_of_the_algorithm():
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3).eval()
+    found = fxreuse.report(model, "fiak scores=0.7 lowering=mask", torch.randn(2, 10, 16))
+    batch = found.before.symbols["B"]
+    saved = 3 * 2 * 2 * 70 * 8  # in three layers, of 100 scores of each of two heads of width 8, in both products
+    assert found.after.macs == found.before.macs  # a mask skips nothing
+    assert found.before.macs - found.after.macs_algorithmic == saved * batch
+    assert found.after.at(B=3).macs_algorithmic == found.after.macs_algorithmic.subs(batch, 3)
+    row = next(row for row in found.rows if row.name == "MACs, as pruned")
+    assert row.after[0] < found.rows[0].after[0]
+    assert row.before == found.rows[0].before
+    assert "MACs that the pruned algorithm asks for" in str(found)
+
+
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "zoo.py"
     path.write_text(

@@ -17,6 +17,7 @@ from ..program import CallingConvention, Guard, Program
 from ..record import Record
 from . import calling
 from .graph_codec import decode, encode
+from .plain_calls import with_plain_calls
 
 _numbers = itertools.count()
 
@@ -158,7 +159,7 @@ class Rewritten(GraphRunner):
 def _compile(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function of the module and its inputs; tracebacks show its lines."""
     graph.set_codegen(fx.graph.CodeGen())
-    code = graph.python_code("self")
+    code = with_plain_calls(graph).python_code("self")
     filename = f"<fxreuse graph {next(_numbers)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     scope = dict(code.globals)

@@ -20,7 +20,7 @@ from ..errors import CaptureError, InputError
 from ..program import Argument, CallingConvention, Leaf, Program, fixed_size, kind_of
 from ..record import Note
 from . import guards as guarding
-from .capture_errors import capture_error, first_line
+from .capture_errors import capture_error, first_line, line_at_fault
 from .conversions import idle_conversions
 from .example_sizes import free_shapes, shorten, widen_batch
 from .exported import arguments_of
@@ -28,6 +28,7 @@ from .inputs import Inputs, bind, normalise
 from .mode_modules import marked
 from .named_keywords import named_keywords
 from .quiet import quiet_export
+from .shortcuts import compiled_when_run, numbers_remembered
 from .training import probe
 from .unrewritable import refuse_flex_attention, refuse_unrewritable
 from .untouched import untouched
@@ -125,7 +126,8 @@ def export(
                 shapes = free_shapes(model, given, fixed_lengths) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
-                exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+                with contextlib.nullcontext() if strict else compiled_when_run():
+                    exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
         except Exception as error:
             refuse_flex_attention(error, type(model).__name__)
             errors.append((how, error))
@@ -152,8 +154,10 @@ def _check_inputs_run(model: torch.nn.Module, inputs: Inputs) -> None:
         with torch.no_grad():
             model(*inputs.args, **inputs.kwargs)
     except Exception as error:
+        line = line_at_fault(error)
         raise InputError(
-            f"{type(model).__name__} itself fails on these example_inputs: {first_line(error)}. "
+            f"{type(model).__name__} itself fails on these example_inputs: {first_line(error)}"
+            f"{f', at {line}' if line else ''}. "
             f"Pass inputs that it accepts; its forward takes {inspect.signature(model.forward)}."
         ) from error
 
@@ -167,7 +171,7 @@ def _tracing(model: torch.nn.Module) -> Iterator[None]:
     """
     free_sizes = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     results_kept = torch._dynamo.config.patch(fake_tensor_cache_enabled=_most_repeated(model) >= _MANY_LAYERS)
-    with quiet_export(), free_sizes, results_kept, idle_conversions():
+    with quiet_export(), free_sizes, results_kept, idle_conversions(), numbers_remembered():
         yield
 
 

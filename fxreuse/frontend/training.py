@@ -174,7 +174,10 @@ class _Probe:
         )
 
     def _findings(self, modules: _Modules) -> Sequence[tuple[_Modules, _Finding]]:
-        """All modules at once; where that leaves questions, class by class."""
+        """All modules at once; where that leaves questions, class by class.
+
+        Where all that is left of them is one class, and they show in its own calls, the run of all has its answer.
+        """
         together = self.finding(modules)
         if not together.problem:
             return [(modules, together)]
@@ -190,7 +193,9 @@ class _Probe:
                 continue
             findings = [(rest, self.finding(rest))] if rest else []
             if not findings or not findings[0][1].problem:
-                findings += [(group, self.finding(group)) for kind, group in groups.items() if kind in suspects]
+                suspected = [group for kind, group in groups.items() if kind in suspects]
+                alone = len(suspected) == 1 and where and where <= {self.paths[module] for module in suspected[0]}
+                findings += [(group, together if alone else self.finding(group)) for group in suspected]
                 break
         if not any(finding.problem for _, finding in findings):
             findings.append(([self.model], together))

@@ -31,6 +31,8 @@ from .mode_modules import marked
 from .untouched import untouched
 
 _TO = torch.ops.aten.to.dtype
+# What ``x.to(device)`` leaves: it names the dtype of ``x``, whichever that is.
+_TO_DEVICE = torch.ops.aten.to.dtype_layout
 # Sizes are numbers in a trace at fixed sizes.
 _SIZES = {
     torch.ops.aten.sym_size.int,
@@ -57,7 +59,10 @@ def mark_dtypes(program: Program, model: torch.nn.Module, inputs: Inputs) -> tup
     """
     own = _model_dtype(model)
     calls = _Calls.of(program.module)
-    suspects = [node for node in calls.nodes if own is not None and own in _dtypes(node)]
+    for node in calls.nodes:
+        if node.target is _TO_DEVICE:
+            node.meta[FOLLOWS] = True
+    suspects = [node for node in calls.nodes if own in _dtypes(node) and node.target is not _TO_DEVICE]
     if own is None or not suspects:
         return ()
     twins = _twin_calls(calls, model, inputs, torch.float64 if own != torch.float64 else torch.float32)
@@ -172,7 +177,7 @@ def _uncast(
 ) -> fx.Node:
     """The value before a chain of casts that the twin reads, or what is read already."""
     source = calls.same(read)
-    while source.target is _TO and (cast := twin_of.get(source)) is not None:
+    while source.target in (_TO, _TO_DEVICE) and (cast := twin_of.get(source)) is not None:
         before = _operand(source)
         if twins.origin(_operand(cast)) is twin_origin:
             while before.graph is not read.graph and before in calls.outer:

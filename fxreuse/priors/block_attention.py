@@ -37,6 +37,8 @@ def gathered_attention(
 ) -> Tensor:
     """Attention in which every row of blocks sees its own keys.
 
+    Keys and values are gathered block by block, which is a few large copies.
+
     Arguments:
         query: (…, heads, queries, width). Shorter ones than the blocks are for are their leading part.
         key: (…, heads, keys, width).
@@ -46,18 +48,21 @@ def gathered_attention(
         scale: what the scores are multiplied by; None for 1/√width.
         enable_gqa: whether there are fewer heads of keys and values than of queries.
         pairs: how many pairs of a query and a key all heads have in their blocks, from which the work is counted.
-        columns: the keys of every row of blocks, row after row, those of further heads behind them.
+        columns: which blocks of keys every row of blocks has, ascending, row after row, those of further heads behind
+            them.
         counts: for every head, or for all together, how many keys each row has.
         block: the side of a block.
         positions: where each key stands among the queries, if no query sees a key behind it.
 
     >>> x = torch.randn(1, 1, 4, 8)
-    >>> rows = torch.tensor([0, 1, 2, 3, 2, 3])
     >>> whole = F.scaled_dot_product_attention(x, x, x)
-    >>> found = gathered_attention(x, x, x, None, 0.0, None, False, 12, rows, ((4, 2),), 2)
+    >>> found = gathered_attention(x, x, x, None, 0.0, None, False, 12, torch.tensor([0, 1, 1]), ((4, 2),), 2)
     >>> torch.allclose(found[..., :2, :], whole[..., :2, :], atol=1e-6)
     True
     """
+    whole = key.shape[-2] if positions is None else positions.shape[0]
+    blocks = _in_blocks(key, whole, block), _in_blocks(value, whole, block)
+    seen = None if positions is None else _Positions(positions, block)
     offset, heads = 0, []
     for head, row_counts in enumerate(counts):
         one = slice(head, head + 1) if len(counts) > 1 else slice(None)
@@ -66,16 +71,16 @@ def gathered_attention(
         parts = []
         for row, count in enumerate(row_counts):
             rows = slice(row * block, min((row + 1) * block, query.shape[-2]))
-            index, offset = columns[offset : offset + count], offset + count
+            chosen, offset = columns[offset : offset - (-count // block)], offset - (-count // block)
             if rows.start >= query.shape[-2]:
                 continue
-            index = index.clamp(max=key.shape[-2] - 1) if positions is not None else index
+            own_keys, own_values = (_gathered(each[..., own, :, :, :], chosen, -3)[..., :count, :] for each in blocks)
             parts.append(
                 F.scaled_dot_product_attention(
                     query[..., one, rows, :],
-                    key[..., own, :, :].index_select(-2, index),
-                    value[..., own, :, :].index_select(-2, index),
-                    _mask_of(own_mask, rows, index, columns[offset - count : offset], positions),
+                    own_keys,
+                    own_values,
+                    _mask_of(own_mask, rows, chosen, count, block, seen),
                     dropout_p,
                     scale=scale,
                     enable_gqa=enable_gqa and len(counts) == 1,
@@ -90,17 +95,42 @@ def _group(query: Tensor, key: Tensor) -> int:
     return query.shape[-3] // key.shape[-3] if query.dim() > 2 else 1
 
 
+def _in_blocks(values: Tensor, whole: int, block: int) -> Tensor:
+    """(…, blocks, block, width) of values that have up to ``whole`` keys; what is missing is zero."""
+    missing = whole + -whole % block - values.shape[-2]
+    return (F.pad(values, (0, 0, 0, missing)) if missing else values).unflatten(-2, (-1, block))
+
+
+def _gathered(blocks: Tensor, chosen: Tensor, dim: int) -> Tensor:
+    """Some blocks, one behind another."""
+    return blocks.index_select(dim, chosen).flatten(dim, dim + 1)
+
+
+class _Positions:
+    """Where keys stand among the queries, in blocks; what fills the last block stands behind all."""
+
+    def __init__(self, positions: Tensor, block: int) -> None:
+        padded = F.pad(positions, (0, -len(positions) % block), value=torch.iinfo(positions.dtype).max)
+        self._blocks = padded.unflatten(0, (-1, block))
+
+    def seen(self, rows: slice, chosen: Tensor, count: int) -> Tensor:
+        """Which queries of a row of blocks see which of its keys."""
+        queries = torch.arange(rows.start, rows.stop, device=chosen.device)
+        return _gathered(self._blocks, chosen, 0)[:count] <= queries.unsqueeze(-1)
+
+
 def _mask_of(
-    mask: Tensor | None, rows: slice, index: Tensor, wanted: Tensor, positions: Tensor | None
+    mask: Tensor | None, rows: slice, chosen: Tensor, count: int, block: int, positions: _Positions | None
 ) -> Tensor | None:
     """The part of a mask that some queries and keys have, and that no query sees a key behind it."""
     if mask is not None:
         mask = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-        mask = mask if mask.shape[-1] == 1 else mask.index_select(-1, index)
+        if mask.shape[-1] != 1:
+            index = (chosen.unsqueeze(-1) * block + torch.arange(block, device=chosen.device)).flatten()[:count]
+            mask = mask.index_select(-1, index.clamp(max=mask.shape[-1] - 1))
     if positions is None:
         return mask
-    queries = torch.arange(rows.start, rows.stop, device=index.device)
-    seen = positions.index_select(0, wanted) <= queries.unsqueeze(-1)
+    seen = positions.seen(rows, chosen, count)
     if mask is None:
         return seen
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)

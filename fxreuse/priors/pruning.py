@@ -16,7 +16,8 @@ class SitePruning:
     ``scores`` are the admissible pairs of a query and a key, over all heads, before anything was cut; ``scores_kept``
     those that are left. ``computed`` is how many pairs the lowering computes, admissible or not, and ``unskipped`` how
     many of them are pruned. ``work`` is what one of those costs in multiply-accumulates for all batches, in every
-    attention that uses the map.
+    attention that uses the map. ``repeated`` is how many keys are there twice, once hidden, because the kernel is
+    faster with full vectors, and ``repeated_work`` is what they cost.
     """
 
     site: str
@@ -31,6 +32,8 @@ class SitePruning:
     computed: int
     unskipped: int
     work: sympy.Expr
+    repeated: int
+    repeated_work: sympy.Expr
     lowering: str
     reason: str
 
@@ -46,11 +49,11 @@ class SitePruning:
 
 
 def unskipped_macs(pruned: Sequence[SitePruning]) -> sympy.Expr:
-    """The multiply-accumulates for scores that were pruned, but that the lowering still computes.
+    """The multiply-accumulates for pruned scores that the lowering computes all the same, and for repeated keys.
 
     The work of a program less this is its algorithmic work.
     """
-    return sympy.expand(sympy.Add(*(site.unskipped * site.work for site in pruned)))
+    return sympy.expand(sympy.Add(*(site.unskipped * site.work + site.repeated_work for site in pruned)))
 
 
 def pruning_table(pruned: Sequence[SitePruning]) -> str:

@@ -17,15 +17,14 @@ _DRAWN = ("MACs", "attention maps", "peak memory", "latency")
 
 def draw(report: CostReport, path: Path) -> None:
     """Draw a report into a file; see `CostReport.plot`."""
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise InputError(f"plot: expected a file that ends in .png or .svg, found {str(path)!r}")
+    check_picture(path)
     columns = report.columns()
     if len(set(columns)) < 2:
         raise InputError(
             f"plot: the report shows one size ({report.running} = {columns[0]}), which gives no curve; "
             f"give several: sizes={{{report.running!r}: (128, 256, 512)}}"
         )
-    plots = _matplotlib()
+    plots = pyplot()
     rows = [row for row in report.rows if row.name.startswith(_DRAWN)]
     lines = -(-len(rows) // _WIDE)
     figure, axes = plots.subplots(lines, _WIDE, figsize=(4.2 * _WIDE, 3.4 * lines), squeeze=False, layout="constrained")
@@ -55,12 +54,19 @@ def _panel(axis: Any, report: CostReport, row: Row, columns: list[int]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _matplotlib() -> Any:
+def check_picture(path: Path) -> None:
+    """Raise InputError for a file that is no picture."""
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise InputError(f"plot: expected a file that ends in .png or .svg, found {str(path)!r}")
+
+
+def pyplot() -> Any:
+    """Matplotlib's interface for files, or UnsupportedError where it is not installed."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
         raise UnsupportedError("matplotlib is not installed; run: pip install 'fxreuse[plot]'") from error
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plots
 
-    return pyplot
+    return plots

@@ -18,8 +18,9 @@ from ..cost_model.device import Device
 from ..cost_model.latency import Prediction, predict
 from ..cost_model.parts import PARTS, Parts
 from ..cost_model.summary import Numbers, Summary
+from ..length_text import length_text
 from ..record import Record
-from .cost_tables import CONVENTION, length_text, render
+from .cost_tables import CONVENTION, render
 from .decoding import Decoding, decoding
 
 #: The ways of running a model that latency is predicted for.
@@ -84,7 +85,11 @@ class CostReport:
     @functools.cached_property
     def numbers(self) -> tuple[tuple[Numbers, Numbers], ...]:
         """Before and after at every size of the tables."""
-        return tuple((self.before.at(**sizes), self.after.at(**sizes)) for sizes in self.at)
+        found = []
+        for sizes in self.at:
+            before = self.before.at(**sizes)
+            found.append((before, before if self.after is self.before else self.after.at(**sizes)))
+        return tuple(found)
 
     @property
     def running(self) -> str:
@@ -114,16 +119,19 @@ class CostReport:
             before, after = zip(*((getattr(b, field), getattr(a, field)) for b, a in self.numbers), strict=True)
             return Row(name, unit, before, after)
 
+        pruned = self.after.macs_algorithmic != self.after.macs
         return (
             row("MACs", "MAC", "macs"),
+            *([row("MACs, as pruned", "MAC", "macs_algorithmic")] if pruned else []),
             row("attention maps, written out", "B", "map_bytes"),
             row("bytes moved", "B", "bytes_moved"),
             row("peak memory", "B", "peak_bytes"),
-            *(
-                Row(f"latency, {way}", "s", self._seconds(self.before, way), self._seconds(self.after, way))
-                for way in WAYS
-            ),
+            *(Row(f"latency, {way}", "s", *self._latencies(way)) for way in WAYS),
         )
+
+    def _latencies(self, way: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        before = self._seconds(self.before, way)
+        return before, before if self.after is self.before else self._seconds(self.after, way)
 
     def _seconds(self, summary: Summary, way: str) -> tuple[float, ...]:
         return tuple(self.latency(summary, way, sizes).seconds for sizes in self.at)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import sympy
 from tabulate import tabulate
-from torch.utils._sympy.functions import FloorDiv
+
+from ..length_text import length_text
 
 if TYPE_CHECKING:
     from .cost_report import CostReport
@@ -70,10 +71,10 @@ def bytes_text(size: float) -> str:
 def time_text(seconds: float) -> str:
     """A time for people.
 
-    >>> time_text(0.0123), time_text(2.5)
-    ('12.3 ms', '2.50 s')
+    >>> time_text(0.0123), time_text(0.9996), time_text(2.5)
+    ('12.3 ms', '1.00 s', '2.50 s')
     """
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
 
 
 def count_text(number: float) -> str:
@@ -118,24 +119,6 @@ def _factor(factor: sympy.Expr) -> str:
     base, power = factor.as_base_exp()
     text = length_text(base)
     return text if power == 1 else f"{text}{'²' if power == 2 else f'^{power}'}"
-
-
-def length_text(length: sympy.Expr) -> str:
-    """A length that follows from others: ``⌊samples/320⌋ − 1``.
-
-    >>> samples = sympy.Symbol("samples", integer=True, positive=True)
-    >>> length_text(FloorDiv(samples - 3, 2) + 1)
-    '⌊(samples - 3)/2⌋ + 1'
-    """
-    floors = {found: sympy.Symbol(_floor_text(found)) for found in length.atoms(FloorDiv)}
-    outermost = [floor for floor in floors if not any(floor in other.atoms(FloorDiv) - {other} for other in floors)]
-    return str(length.xreplace({floor: floors[floor] for floor in outermost}))
-
-
-def _floor_text(floor: sympy.Expr) -> str:
-    base, divisor = floor.args
-    text = length_text(base)
-    return f"⌊{f'({text})' if base.is_Add else text}/{divisor}⌋"
 
 
 def _title(report: CostReport, form: str) -> str:
