@@ -264,6 +264,10 @@ def test_scores_that_are_pruned_and_computed_all_the_same_are_no_part_of_the_alg
     assert row.after[0] < found.rows[0].after[0]
     assert row.before == found.rows[0].before
     assert "MACs that the pruned algorithm asks for" in str(found)
+    assert "60/200         0.0 %                    mask" in str(found)
+    assert "| 60/200" in found.to_markdown()
+    sites = json.loads(found.to_json())["pruned"]
+    assert [(site["scores_kept"], site["skipped_share"]) for site in sites] == [(60, 0)] * 3
 
 
 def test_command_line(tmp_path, capsys):

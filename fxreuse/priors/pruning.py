@@ -56,8 +56,8 @@ def unskipped_macs(pruned: Sequence[SitePruning]) -> sympy.Expr:
     return sympy.expand(sympy.Add(*(site.unskipped * site.work + site.repeated_work for site in pruned)))
 
 
-def pruning_table(pruned: Sequence[SitePruning]) -> str:
-    """A table for people."""
+def pruning_table(pruned: Sequence[SitePruning], form: str = "simple") -> str:
+    """A table for people, in one of tabulate's forms."""
     rows = [
         [
             site.layer,
@@ -70,4 +70,4 @@ def pruning_table(pruned: Sequence[SitePruning]) -> str:
         for site in pruned
     ]
     headers = ["layer", "site", "keys kept", "scores kept", "pruned scores skipped", "lowering"]
-    return tabulate(rows, headers=headers, disable_numparse=True)
+    return tabulate(rows, headers=headers, tablefmt=form, disable_numparse=True)

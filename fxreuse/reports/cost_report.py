@@ -19,6 +19,7 @@ from ..cost_model.latency import Prediction, predict
 from ..cost_model.parts import PARTS, Parts
 from ..cost_model.summary import Numbers, Summary
 from ..length_text import length_text
+from ..priors.pruning import SitePruning
 from ..record import Record
 from .cost_tables import CONVENTION, render
 from .decoding import Decoding, decoding
@@ -213,6 +214,7 @@ class CostReport:
             "rows": [dataclasses.asdict(row) | {"ratios": row.ratios} for row in self.rows],
             "savings": [dataclasses.asdict(saving) | {"macs": str(saving.macs)} for saving in self.savings],
             "breakdown": {name: [dataclasses.asdict(p) for p in parts] for name, parts in self.breakdown().items()},
+            "pruned": [] if self.record is None else [_pruned(site) for site in self.record.pruned],
             "decoding": None if self.decoding is None else self.decoding.as_text(),
         }
         return json.dumps(found, indent=indent, ensure_ascii=False)
@@ -236,6 +238,12 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
         for path, amount in counts.items():
             found[path.replace("@0", "")] += sign * amount
     return {path: sympy.expand(amount) if isinstance(amount, sympy.Expr) else amount for path, amount in found.items()}
+
+
+def _pruned(site: SitePruning) -> dict[str, Any]:
+    """What is left of a site, and the share of its pruned scores that the lowering does not compute."""
+    counts = ("site", "keys", "keys_kept", "scores", "scores_kept", "skipped_share", "lowering")
+    return {name: getattr(site, name) for name in counts}
 
 
 def _template(path: str) -> str:

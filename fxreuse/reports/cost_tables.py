@@ -9,6 +9,7 @@ import sympy
 from tabulate import tabulate
 
 from ..length_text import length_text
+from ..priors.pruning import pruning_table
 
 if TYPE_CHECKING:
     from .cost_report import CostReport
@@ -27,6 +28,8 @@ def render(report: CostReport, form: str) -> str:
     blocks = [_title(report, form), _totals(report, form), _formulas(report), _lengths(report, form)]
     if report.plan:
         blocks.append(_savings(report, form))
+    if report.record is not None and report.record.pruned:
+        blocks.append(pruning_table(report.record.pruned, form))
     if report.decoding is not None:
         blocks.append(_decoding(report))
     if report.record is not None:
