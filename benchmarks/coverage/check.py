@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import sys
 import time
 import traceback
@@ -28,6 +29,9 @@ from fxreuse.program import Program, input_sizes
 
 from .row import Built, Inputs, Row
 from .verdict import LOWERINGS
+
+# Where packages and this project lie on a machine.
+_FOLDERS = re.compile(rf"(/\S*/site-packages|{re.escape(str(Path(__file__).parents[2]))})/")
 
 
 def check(row: Row) -> dict[str, Any]:
@@ -195,5 +199,6 @@ def _crash(error: Exception) -> str:
 
 
 def _text(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    """What an error says, with files as they are named on every machine."""
+    text = _FOLDERS.sub("", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:600]}"
