@@ -3,13 +3,14 @@
     python benchmarks/residual_latency.py                  # everything that benchmarks/results/ does not have yet
     python benchmarks/residual_latency.py tokens 512       # 18 layers, K = 3, R = 16, at one length
     python benchmarks/residual_latency.py single           # one token: L = 18 and 36, K = 3, 6 and 9, and bytes read
-    python benchmarks/residual_latency.py --prepare        # captures only; the timings then start at once
+    python benchmarks/residual_latency.py --prepare        # captures and compiles only; the timings then start sooner
     python benchmarks/residual_latency.py --tiny           # a model of width 32, to see that everything runs
     python benchmarks/tables.py                            # writes the tables in docs/
 
-Every cell is one interleaved run in eager mode without gradients, d = 512, f = 2048, 8 heads, batch 1, float32, two
-threads; rounds in which anything else ran are dropped. Weights are random, and residuals start at zero: neither changes
-what is computed.
+Every cell is one interleaved run without gradients, eager and compiled, d = 512, f = 2048, 8 heads, batch 1, float32,
+two threads; rounds in which anything else ran are dropped, and each model is called once, not timed, before its calls
+of a round. Compiled models are compared with the compiled dense one. Weights are random, and residuals start at zero:
+neither changes what is computed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import functools
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +78,23 @@ def variants(layers: int, k: int, length: int, tiny: bool) -> dict[str, nn.Modul
     models: dict[str, nn.Module] = {"dense": dense(layers, tiny)}
     models["auto"] = prepared(f"{plan}auto", layers, length, tiny)
     # At other lengths than that of the capture, both compute the same: one capture serves all.
-    models["factored"] = prepared(f"{plan}factored", layers, 8, tiny)
     if length > 1:
+        models["factored"] = prepared(f"{plan}factored", layers, 8, tiny)
         models["merged"] = prepared(f"{plan}merged", layers, 8, tiny)
     else:
         models["shared"] = prepared(f"share k={k}", layers, 8, tiny)
     return models
+
+
+def functions(models: dict[str, nn.Module], inputs: tuple[torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """What is timed: every model eagerly, and compiled but for the lowerings that `auto` chooses from."""
+    torch.compiler.reset()
+    run: dict[str, Callable[[], object]] = {name: functools.partial(model, *inputs) for name, model in models.items()}
+    for name in ("dense", "auto", "shared"):
+        if name in models:
+            run[f"{name}, compiled"] = functools.partial(torch.compile(models[name], dynamic=False), *inputs)
+            run[f"{name}, compiled"]()
+    return run
 
 
 def chosen(model: nn.Module) -> str:
@@ -96,10 +109,13 @@ def memory_of(model: nn.Module) -> int:
 
 
 def measure(layers: int, k: int, length: int, seconds: float, tiny: bool) -> dict[str, Any]:
-    models, inputs = variants(layers, k, length, tiny), frames(length, tiny)
-    run = {name: functools.partial(model, *inputs) for name, model in models.items()}
-    timings, dropped = undisturbed(run, seconds=seconds)
-    gains = {name: timing.speedup_over(timings["dense"]) for name, timing in timings.items() if name != "dense"}
+    models = variants(layers, k, length, tiny)
+    timings, dropped = undisturbed(functions(models, frames(length, tiny)), seconds=seconds, settled=True)
+    gains = {
+        name: timing.speedup_over(timings["dense, compiled" if name.endswith("compiled") else "dense"])
+        for name, timing in timings.items()
+        if not name.startswith("dense")
+    }
     return {
         "layers": layers,
         "k": k,
@@ -130,7 +146,7 @@ def main() -> None:
         for layers, k, length in dict.fromkeys(cells):
             name = f"L = {layers}, K = {k}, T = {length}"
             if only_prepare:
-                variants(layers, k, length, tiny)
+                functions(variants(layers, k, length, tiny), frames(length, tiny))
             elif again or name not in found:
                 found[name] = measure(layers, k, length, seconds, tiny)
                 print(name, json.dumps(found[name]), flush=True)

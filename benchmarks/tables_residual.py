@@ -37,10 +37,12 @@ def residual_tokens() -> str:
     """Milliseconds of both lowerings and the automatic one, and how many times as fast as the dense model."""
     rows = []
     for cell in sorted(load("residual_latency").values(), key=lambda cell: cell["length"]):
-        if (cell["layers"], cell["k"]) == (18, 3):
+        if (cell["layers"], cell["k"]) == (18, 3) and cell["length"] > 1:
             times = [_with_gain(cell, kind) for kind in ("factored", "merged", "auto")]
-            rows.append([str(cell["length"]), f"{cell['ms']['dense']:.1f}", *times, cell["auto"], str(cell["rounds"])])
-    return github(rows, ["T", "dense", "factored", "merged", "auto", "auto takes", "rounds"])
+            compiled = f"{cell['ms']['dense, compiled']:.1f}", _with_gain(cell, "auto, compiled")
+            rows.append([str(cell["length"]), f"{cell['ms']['dense']:.1f}", *times, *compiled, cell["auto"]])
+    compiled = "dense, compiled", "auto, compiled"
+    return github(rows, ["T", "dense", "factored", "merged", "auto", *compiled, "auto takes"])
 
 
 def residual_single() -> str:
@@ -48,17 +50,18 @@ def residual_single() -> str:
     rows = []
     for cell in sorted(load("residual_latency").values(), key=lambda cell: (cell["layers"], cell["k"])):
         if cell["length"] == 1:
-            sizes = [f"{cell['bytes'][kind] / 1e6:.0f}" for kind in ("dense", "shared", "factored")]
-            times = [_with_gain(cell, kind) for kind in ("shared", "factored", "auto")]
-            row = [str(cell["layers"]), str(cell["k"]), *sizes, f"{cell['ms']['dense']:.1f}", *times]
-            rows.append([*row, str(cell["rounds"])])
-    read = [f"{kind} read, MB" for kind in ("dense", "shared", "residual")]
-    return github(rows, ["L", "K", *read, "dense", "shared", "residual, factored", "residual, auto", "rounds"])
+            row = [str(cell["layers"]), str(cell["k"])]
+            row += [f"{cell['bytes'][kind] / 1e6:.0f}" for kind in ("dense", "shared", "auto")]
+            for mode in ("", ", compiled"):
+                row.append(f"{cell['ms'][f'dense{mode}']:.1f}")
+                row += [_with_gain(cell, f"{kind}{mode}") for kind in ("shared", "auto")]
+            rows.append(row)
+    names = ["dense", "shared", "residual"]
+    read, compiled = [f"{name} read, MB" for name in names], [f"{name}, compiled" for name in names]
+    return github(rows, ["L", "K", *read, *names, *compiled])
 
 
 def _with_gain(cell: dict[str, Any], kind: str) -> str:
-    if kind not in cell["ms"]:
-        return ""
     median, low, high = cell["over dense"][kind]
     return f"{cell['ms'][kind]:.1f} ({median:.2f}, {low:.2f} to {high:.2f})"
 

@@ -41,7 +41,8 @@ def residual_linear(
     tensor([[ 4., 23.,  3.]])
     """
     if _is_plain_inference(x, weight):
-        return _in_place(x.reshape(-1, x.shape[-1]), weight, bias, residuals).view(*x.shape[:-1], len(weight))
+        rows = x.reshape(-1, x.shape[-1])
+        return _in_place(rows, weight, bias, residuals).view(*x.shape[:-1], weight.shape[0])
     added = [residual_product(x, *residual) for residual in residuals]
     return F.linear(x, weight, bias) + (added[0] if len(added) == 1 else torch.cat(added, -1))
 
@@ -79,26 +80,30 @@ def merged_weight(
 
 
 def _in_place(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residuals: Sequence[Factors]
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residuals: Sequence[Factors],
 ) -> torch.Tensor:
     """The sum over rows of inputs. For one token, what a call costs is what counts: there are as few as can be."""
-    a, b, d = residuals[0]
+    narrow = [torch.mm(rows, a) for a, _, _ in residuals]
     if len(residuals) > 1:
         made = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         start = 0
-        for a, b, d in residuals:
+        for (_, b, d), product in zip(residuals, narrow, strict=True):
             own = made[:, start : start + b.shape[1]]
             start += b.shape[1]
-            own.addmm_(torch.mm(rows, a), b)
+            own.addmm_(product, b)
             if d is not None:
                 _add_diagonal(own, rows, d)
         return made
-    if d is not None and len(d) == len(weight):
+    _, b, d = residuals[0]
+    if d is not None and d.shape[0] == weight.shape[0]:
         # The diagonal takes the place of the copies of the bias that the product is added to.
-        cut = rows if len(d) == rows.shape[1] else rows[:, : len(d)]
+        cut = rows if d.shape[0] == rows.shape[1] else rows[:, : d.shape[0]]
         if bias is None:
             made = cut * d
-        elif len(rows) > _FEW:
+        elif rows.shape[0] > _FEW:
             made = torch.addcmul(bias, cut, d)
         else:
             made = (cut * d).add_(bias)
@@ -107,13 +112,14 @@ def _in_place(
         made = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
         if d is not None:
             _add_diagonal(made, rows, d)
-    return made.addmm_(torch.mm(rows, a), b)
+    return made.addmm_(narrow[0], b)
 
 
 def _add_diagonal(made: torch.Tensor, rows: torch.Tensor, d: torch.Tensor) -> None:
-    cut = rows if len(d) == rows.shape[1] else rows[:, : len(d)]
-    place = made if len(d) == made.shape[1] else made[:, : len(d)]
-    if len(rows) > _FEW:
+    size = d.shape[0]
+    cut = rows if size == rows.shape[1] else rows[:, :size]
+    place = made if size == made.shape[1] else made[:, :size]
+    if rows.shape[0] > _FEW:
         place.addcmul_(cut, d)
     else:
         place.add_(cut * d)

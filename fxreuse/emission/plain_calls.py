@@ -34,23 +34,21 @@ _PLAIN: Mapping[Any, Callable[..., Any]] = {
     _aten.transpose.int: torch.transpose,
     _aten.type_as.default: torch.Tensor.type_as,
     _aten.unbind.int: torch.unbind,
+    _aten.unflatten.int: torch.unflatten,
     _aten.unsqueeze.default: torch.unsqueeze,
 }
 
 
-def with_plain_calls(graph: fx.Graph) -> fx.Graph:
-    """A copy of a graph that computes the same, to be run. Exact: the operators are the same ones.
+def use_plain_calls(graph: fx.Graph) -> None:
+    """Call operators by their public names, in place. Exact: they are the same ones.
 
     >>> graph = fx.Graph()
     >>> x = graph.placeholder("x")
     >>> _ = graph.output(graph.call_function(_aten.transpose.int, (x, 0, 1)))
-    >>> [node.target is torch.transpose for node in with_plain_calls(graph).nodes]
+    >>> use_plain_calls(graph)
+    >>> [node.target is torch.transpose for node in graph.nodes]
     [False, True, False]
     """
-    plain = fx.Graph()
-    output = plain.graph_copy(graph, {})
-    plain.output(output)
-    for node in plain.nodes:
+    for node in graph.nodes:
         if node.op == "call_function":
             node.target = _PLAIN.get(node.target, node.target)
-    return plain

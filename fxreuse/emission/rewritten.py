@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import linecache
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -17,9 +15,7 @@ from ..program import CallingConvention, Guard, Program
 from ..record import Record
 from . import calling
 from .graph_codec import decode, encode
-from .plain_calls import with_plain_calls
-
-_numbers = itertools.count()
+from .runnable import function_of
 
 
 class GraphRunner(torch.nn.Module):
@@ -37,8 +33,9 @@ class GraphRunner(torch.nn.Module):
         self._set_graph(graph)
 
     def _set_graph(self, graph: fx.Graph) -> None:
+        graph.set_codegen(fx.graph.CodeGen())
         self.__dict__["_graph"] = graph
-        self.__dict__["_run"] = _compile(graph)
+        self.__dict__["_run"] = function_of(graph)
 
     @property
     def graph(self) -> fx.Graph:
@@ -154,14 +151,3 @@ class Rewritten(GraphRunner):
         assert isinstance(twin, Rewritten)
         twin._set_call()
         return twin
-
-
-def _compile(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a function of the module and its inputs; tracebacks show its lines."""
-    graph.set_codegen(fx.graph.CodeGen())
-    code = with_plain_calls(graph).python_code("self")
-    filename = f"<fxreuse graph {next(_numbers)}>"
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    scope = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), scope)
-    return scope["forward"]
