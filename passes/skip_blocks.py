@@ -14,7 +14,12 @@ from fxreuse.cost_model.attention_time import SharedMap
 from fxreuse.cost_model.device import Device
 from fxreuse.errors import UnsupportedError
 from fxreuse.finding.axes import sizes
-from fxreuse.priors.block_attention import Counts, flex_attention_over_blocks, gathered_attention
+from fxreuse.priors.block_attention import (
+    Counts,
+    flex_attention_over_blocks,
+    gathered_attention,
+    refused_by_kernel,
+)
 from fxreuse.priors.selection import Kept, block_sums
 from fxreuse.program import Program
 
@@ -110,6 +115,12 @@ def choose_skipping(
     area = block_sums(torch.ones(lengths, dtype=torch.float64), block)
     pairs = int((blocks * area).sum()) * prior.heads // len(blocks)
     lowering = wanted if wanted != "auto" else "gather" if device.type in ("cpu", "meta") else "flex"
+    widths = [sizes(operand)[-1] for one in fused for operand in (one.query, one.value)]
+    refused = refused_by_kernel(device, block, widths) if lowering == "flex" else None
+    if refused is not None:
+        if wanted == "auto":
+            return None
+        raise UnsupportedError(f"{prior.site}: lowering=flex {refused}; use lowering=mask or gather, or another block=")
     share = pairs / (prior.heads * lengths[0] * lengths[1])
     reason = f"{100 * (1 - share):.1f} % of the blocks of {block}×{block} scores are skipped"
     skipping = Skipping(lowering, reason, blocks, block, lengths[1], positions, pairs)

@@ -7,6 +7,8 @@ where no gradient is recorded, and the fused operator with a mask elsewhere.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Counts = tuple[tuple[int, ...], ...]
 
+# The sides of tiles that FlexAttention's kernels on accelerators take.
+_TILE, _LARGEST_TILE = 16, 128
 # By the tensor of blocks: its version, and what FlexAttention takes.
 _block_masks: Any = WeakIdKeyDictionary()
-_compiled: list[Any] = []
 
 
 def gathered_attention(
@@ -151,8 +154,9 @@ def flex_attention_over_blocks(
 ) -> Tensor:
     """Attention over the blocks that are True in ``blocks``, (heads or 1, rows, columns).
 
-    The other arguments are those of `gathered_attention`. Where a gradient is recorded, weights are dropped, or
-    another mask has to be seen to, it is the fused operator with a mask: FlexAttention has no backward on a CPU.
+    The other arguments are those of `gathered_attention`. Where a gradient is recorded, weights are dropped, another
+    mask has to be seen to, or FlexAttention's kernel does not take such operands, it is the fused operator with a mask:
+    FlexAttention has no backward on a CPU, and on an accelerator it takes tiles of 16 numbers at least.
 
     >>> x = torch.randn(1, 1, 4, 8)
     >>> blocks = torch.tensor([[[True, False], [True, True]]])
@@ -160,13 +164,72 @@ def flex_attention_over_blocks(
     torch.Size([1, 1, 4, 8])
     """
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if training or dropout_p or mask is not None or query.shape[-2] != blocks.shape[-2] * block or query.dim() != 4:
-        visible = visible_of(blocks, block, query.shape[-2], key.shape[-2], positions)
-        if mask is not None:
-            visible = visible & mask if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
-        return F.scaled_dot_product_attention(query, key, value, visible, dropout_p, scale=scale, enable_gqa=enable_gqa)
+    whole = query.dim() == 4 and query.shape[-2] == blocks.shape[-2] * block
+    if training or dropout_p or mask is not None or not whole or not _taken(query, value, block):
+        return _masked(query, key, value, mask, dropout_p, scale, enable_gqa, blocks, block, positions)
     block_mask = _block_mask(blocks, block, key.shape[-2], positions)
-    return _flex(query, key, value, block_mask, scale, enable_gqa)
+    run = _flex if torch.compiler.is_compiling() else _compiled_flex()
+    return run(query, key, value, block_mask, scale, enable_gqa, blocks, block, positions)
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    blocks: Tensor,
+    block: int,
+    positions: Tensor | None,
+) -> Tensor:
+    """The fused operator, with the blocks as a mask."""
+    visible = visible_of(blocks, block, query.shape[-2], key.shape[-2], positions)
+    if mask is not None:
+        visible = visible & mask if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+    return F.scaled_dot_product_attention(query, key, value, visible, dropout_p, scale=scale, enable_gqa=enable_gqa)
+
+
+def flex_tiles(block: int) -> dict[str, Any] | None:
+    """The sides of FlexAttention's tiles on an accelerator, for blocks that are made of whole ones.
+
+    Left to itself the kernel takes tiles of up to 128 queries and keys, by the device and the type of numbers, and
+    refuses blocks that these do not divide.
+
+    Returns:
+        Options of the kernel. None where every side that it may take by itself is right.
+
+    >>> flex_tiles(256), flex_tiles(96)
+    (None, {'BLOCK_M': 32, 'BLOCK_N': 32, 'FORCE_USE_FLEX_ATTENTION': True})
+    """
+    if block % _LARGEST_TILE == 0:
+        return None
+    side = min(block & -block, _LARGEST_TILE // 2)
+    return {"BLOCK_M": side, "BLOCK_N": side, "FORCE_USE_FLEX_ATTENTION": True}
+
+
+def refused_by_kernel(device: torch.device, block: int, widths: Sequence[int]) -> str | None:
+    """Why FlexAttention's kernel on a device does not take blocks of a side, or heads of some widths; None if it does.
+
+    >>> refused_by_kernel(torch.device("cuda"), 24, (64, 64))
+    'takes blocks whose side is a multiple of 16 on cuda, not of 24'
+    """
+    if device.type in ("cpu", "meta"):
+        return None
+    if block % _TILE:
+        return f"takes blocks whose side is a multiple of {_TILE} on {device.type}, not of {block}"
+    if min(widths) < _TILE:
+        return f"takes heads of at least {_TILE} channels on {device.type}, not of {min(widths)}"
+    return None
+
+
+def _taken(query: Tensor, value: Tensor, block: int) -> bool:
+    """Whether FlexAttention's kernel takes these operands."""
+    if query.device.type == "cpu":
+        return True
+    known = query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return known and refused_by_kernel(query.device, block, (query.shape[-1], value.shape[-1])) is None
 
 
 def visible_of(blocks: Tensor, block: int, queries: int, keys: int, positions: Tensor | None) -> Tensor:
@@ -177,14 +240,33 @@ def visible_of(blocks: Tensor, block: int, queries: int, keys: int, positions: T
     return seen & (positions[:keys] <= torch.arange(queries, device=blocks.device).unsqueeze(-1))
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float | None, enable_gqa: bool) -> Tensor:
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: Any,
+    scale: float | None,
+    enable_gqa: bool,
+    blocks: Tensor,
+    block: int,
+    positions: Tensor | None,
+) -> Tensor:
+    """FlexAttention where it is compiled.
+
+    Where it is not, as after more recompilations than torch allows, it would write every score: a mask is better.
+    """
+    if not torch.compiler.is_compiling():
+        return _masked(query, key, value, None, 0.0, scale, enable_gqa, blocks, block, positions)
     from torch.nn.attention.flex_attention import flex_attention
 
-    if torch.compiler.is_compiling():
-        return flex_attention(query, key, value, None, block_mask, scale, enable_gqa)
-    if not _compiled:
-        _compiled.append(torch.compile(flex_attention))
-    return _compiled[0](query, key, value, None, block_mask, scale, enable_gqa)
+    options = None if query.device.type == "cpu" else flex_tiles(block)
+    return flex_attention(query, key, value, None, block_mask, scale, enable_gqa, kernel_options=options)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    # With free lengths the kernel for CPUs does not compile (torch 2.13).
+    return torch.compile(_flex, dynamic=False)
 
 
 def _block_mask(blocks: Tensor, block: int, keys: int, positions: Tensor | None) -> Any:
@@ -208,7 +290,9 @@ def _new_block_mask(kind: Any, blocks: Tensor, block: int, keys: int, positions:
         partial = blocks & (positions[ends] > torch.arange(rows, device=blocks.device).mul(block).unsqueeze(-1))
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= 0 if positions is None else positions[key] <= query
+        # A compiled kernel skips blocks without asking. What writes every score knows them from here only.
+        kept = blocks[head if blocks.shape[0] > 1 else 0, query // block, key // block]
+        return kept if positions is None else kept & (positions[key] <= query)
 
     some, full = (_listed(chosen.unsqueeze(0)) for chosen in (partial, blocks & ~partial))
     lengths = rows * block, keys
