@@ -70,13 +70,14 @@ def merged_weight(
     tensor([[2., 1.],
             [1., 3.]])
     """
+    made = torch.addmm(weight, left, right)
     if d is None:
-        return torch.addmm(weight, left, right)
+        return made
     if _is_plain_inference(weight, left):
-        made = torch.addmm(weight, left, right)
         made.diagonal().add_(d)
         return made
-    return torch.addmm(torch.diagonal_scatter(weight, weight.diagonal() + d), left, right)
+    # Compiled, this is in place, too: what is written into is new.
+    return torch.diagonal_scatter(made, made.diagonal() + d)
 
 
 def _in_place(
