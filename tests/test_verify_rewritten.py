@@ -69,3 +69,12 @@ def test_sharing_what_is_shared_already_is_said_to_be_another_function():
     check = verify(shared, fxreuse.apply(shared, "share k=4", inputs), inputs)
     assert not check.outputs.required
     assert check.outputs.notes == ("by design, share makes another function: errors are for information",)
+
+
+def test_what_a_shared_fused_weight_makes_of_followers_is_said_not_to_be_checked():
+    model, _, inputs = captured("thirds")
+    shared = fxreuse.apply(model, "share k=2", inputs)
+    check = verify(shared, fxreuse.apply(shared, "2x2 | residual r=2", inputs), inputs)
+    assert not check.outputs.required
+    assert check.outputs.error_float64 < 1e-12  # residuals start at nothing
+    assert check.outputs.notes == ("by design, residual makes another function: errors are for information",)

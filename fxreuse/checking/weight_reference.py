@@ -34,7 +34,7 @@ def has_weights_for(original: torch.nn.Module, record: Record) -> bool:
     layers: dict[str, set[int]] = {}
     for one in record.matrices:
         layers.setdefault(one.weight, set()).add(one.layer)
-    sized = all(len(one.rows) == one.shape[1] for one in record.matrices)
+    sized = all(len(one.rows) == len(one.shared_rows) == one.shape[1] for one in record.matrices)
     if not sized or any(len(found) > 1 for found in layers.values()):
         return False
     earlier = _earlier(original)
