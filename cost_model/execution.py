@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -16,6 +18,8 @@ from ..frontend.guards import checker, excludes_one_value
 from ..frontend.untouched import untouched
 from ..program import Leaf, Program
 from .memory import peak_bytes
+from .sizes import shape
+from .tables import Table, check_tables, tables
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,6 +39,18 @@ class Execution:
         """
         check = checker(without_single_values(self.program).guards, self.program.call.leaves, self.program.name)
         check(*self._tensors(shapes, "meta"))
+        inputs = ", ".join(f"{name} of {'×'.join(map(str, sizes))}" for name, sizes in shapes.items())
+        check_tables(self.program.name, self._tables, self._symbols(shapes), inputs)
+
+    @functools.cached_property
+    def _tables(self) -> tuple[Table, ...]:
+        return tables(self.program)
+
+    def _symbols(self, shapes: Shapes) -> dict[sympy.Symbol, int]:
+        """The sizes by the symbols that the graph has for them."""
+        nodes = zip(self.program.call.leaves, self.program.graph.find_nodes(op="placeholder"), strict=True)
+        pairs = [pair for leaf, node in nodes for pair in zip(shape(node), shapes[leaf.name], strict=True)]
+        return {size: number for size, number in pairs if size.is_Symbol}
 
     def peak_bytes(self, shapes: Shapes, training: bool) -> int:
         """The peak activation memory of a call at these sizes of the inputs; see `memory.peak_bytes`.

@@ -174,10 +174,16 @@ class _Laying:
         )
         if step.values == 1 and step.ffn is None and not fused:
             return
-        reason = "queries, keys and values are fused in one weight" if fused else "it changes the sizes of weights"
+        reason = (
+            "queries, keys and values are fused in one weight, of which followers would keep the rows of their values "
+            "while other layers read all of it"
+            if fused
+            else "it changes the sizes of weights"
+        )
+        others = [other for other in self._plan.passes if other is not step]
         raise PlanError(
             f"plan {str(self._plan)!r}: {str(step)!r} comes after the weights of stack {name} are shared, and "
-            f"{reason}; write the reuse pass first."
+            f"{reason}; write the reuse pass first: {' | '.join(map(str, [step, *others]))!r}."
         )
 
     def _block(self, name: str, convolutions: bool = False) -> Block:

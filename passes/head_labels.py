@@ -12,54 +12,31 @@ from torch import fx
 
 from fxreuse.attention import AttentionSite
 from fxreuse.errors import UnsupportedError
-from fxreuse.finding.axes import Layout, Part, Size, product, quotient, regroup, sizes
+from fxreuse.finding.axes import Layout, Part, Size, product, quotient, sizes
 from fxreuse.finding.contractions import contraction
-from fxreuse.finding.flow import FUSED, Flow
-from fxreuse.finding.follow import SAME_VALUE, arguments, aten, is_elementwise, is_transparent_module, packet, transfer
+from fxreuse.finding.flow import Flow
+from fxreuse.finding.follow import arguments, aten, packet, transfer
 from fxreuse.finding.heads import CHANNEL, channel_layout
 from fxreuse.layouts.projections import value_readers
 from fxreuse.program import Program, get_attribute, module_path, module_stack, source_line
 
-#: Operators that make a tensor of given sizes.
-CREATIONS = frozenset({
-    aten.zeros, aten.ones, aten.empty, aten.full, aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full,
-})  # fmt: skip
-
-_SPLITS = frozenset({aten.split, aten.split_with_sizes, aten.chunk})
-_RANGES = frozenset({aten.slice, aten.narrow})
-_REGROUPS = frozenset({aten.reshape, aten.view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze})
-_ORDERS = frozenset({
-    aten.transpose, aten.permute, aten.swapaxes, aten.movedim, aten.t, aten.mT, aten.numpy_T,
-})  # fmt: skip
-_REDUCTIONS = frozenset({aten.mean, aten.sum, aten.amax, aten.amin, aten.std, aten.var})
-_EXPANSIONS = frozenset({aten.expand, aten.expand_as, aten.broadcast_to})
-_JOINS = frozenset({aten.cat, aten.concat})
-_LIKE = frozenset({aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like})
-_LENGTHENING = frozenset({aten.pad, aten.constant_pad_nd})
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """From one number of heads to another."""
-
-    old: int
-    new: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tag:
-    """What an axis is made of: ``"heads"`` or ``"channels"`` of sites that are split so."""
-
-    kind: str
-    split: Split
-
-    def resized(self, size: Size) -> Size | None:
-        """The new size of an axis that is whole."""
-        times, of = (self.split.new, self.split.old) if self.kind == "heads" else (self.split.old, self.split.new)
-        return quotient(size * times, of)
-
-
-Axes = list[tuple[fx.Node, list[Any]]]
+from .head_axes import (
+    CREATIONS,
+    JOINS,
+    LENGTHENING,
+    RANGES,
+    REDUCTIONS,
+    REGROUPS,
+    SPLITS,
+    Axes,
+    Split,
+    Tag,
+    aligned_axes,
+    behind_view,
+    kinds_of,
+    reduced,
+    regrouped,
+)
 
 
 class Labels:
@@ -184,30 +161,30 @@ class Labels:
         self._set(node, layout)
 
     def _made(self, node: fx.Node, read: list[fx.Node]) -> Layout | None:
-        aligned = self._aligned(node)
+        aligned = aligned_axes(node, self.program)
         if aligned is not None:
             return self._joined(node, *aligned)
         operand = read[0]
         layout, op = self.layouts[operand], packet(node)
-        if op in _SPLITS or op is aten.unbind:
+        if op in SPLITS or op is aten.unbind:
             return layout
-        if op is operator.getitem and (packet(operand) in _SPLITS or packet(operand) is aten.unbind):
+        if op is operator.getitem and (packet(operand) in SPLITS or packet(operand) is aten.unbind):
             return self._taken(node, operand, layout)
-        if op in _RANGES or op is aten.select:
+        if op in RANGES or op is aten.select:
             return self._ranged(node, layout, arguments(node)["dim"] % len(layout), op is aten.select)
-        if op in _REDUCTIONS:
-            return self._reduced(node, layout)
+        if op in REDUCTIONS:
+            return reduced(node, layout)
         if self.changed(operand):
             self._check_widths(node, operand)
-        if op in _REGROUPS:
-            return _regrouped(layout, sizes(node))
+        if op in REGROUPS:
+            return regrouped(layout, sizes(node))
         return transfer(node, operand, layout, self.program)
 
     def _check_widths(self, node: fx.Node, operand: fx.Node) -> None:
         """Raise where an operator has a width of its own for what changes its size."""
         if "norm" in str(packet(node)) or node.op == "call_module":
             self._refuse(node, "normalises the channels of a head, or heads, whose number is fixed")
-        if packet(node) in _LENGTHENING:
+        if packet(node) in LENGTHENING:
             resized = [axis for axis in self.changed(operand) if sizes(node)[axis] != sizes(operand)[axis]]
             if resized:
                 self._refuse(node, "lengthens an axis of heads or channels")
@@ -246,51 +223,9 @@ class Labels:
 
     def _agree(self, node: fx.Node) -> None:
         """A node that was labelled from behind still has operands that are not."""
-        aligned = self._aligned(node)
+        aligned = aligned_axes(node, self.program)
         if aligned is not None:
             self._joined(node, *aligned)
-
-    def _aligned(self, node: fx.Node) -> tuple[Axes, list[Any]] | None:
-        """The operands of a node and its own dimensions, where equal keys are of equal size; None for other nodes."""
-        if node.op == "call_module" and is_transparent_module(node, self.program):
-            (operand,) = node.all_input_nodes
-            return [(operand, list(range(len(sizes(node)))))], list(range(len(sizes(node))))
-        if node.op != "call_function":
-            return None
-        found = contraction(node)
-        if found is not None:
-            return self._of_contraction(found)
-        op, rank = packet(node), len(sizes(node)) if isinstance(node.meta["val"], torch.Tensor) else 0
-        operands = [o for o in node.all_input_nodes if isinstance(o.meta["val"], torch.Tensor)]
-        if op in FUSED:
-            return self._of_fused(node)
-        if op in _JOINS:
-            dim = arguments(node)["dim"] % rank
-            keys = [None if axis == dim else axis for axis in range(rank)]
-            return [(operand, keys) for operand in operands], keys
-        if is_elementwise(node) or op in _LIKE or (op in SAME_VALUE and len(operands) == 1):
-            return [(o, list(range(rank - len(sizes(o)), rank))) for o in operands], list(range(rank))
-        if op in SAME_VALUE:
-            return [(operands[0], list(range(rank)))], list(range(rank))
-        return None
-
-    def _of_contraction(self, found: Any) -> tuple[Axes, list[Any]]:
-        operands: Axes = [(found.left, list(found.left_axes)), (found.right, list(found.right_axes))]
-        if found.addend is not None:
-            operands.append((found.addend, list(found.axes[len(found.axes) - len(sizes(found.addend)) :])))
-        return operands, list(found.axes)
-
-    def _of_fused(self, node: fx.Node) -> tuple[Axes, list[Any]]:
-        named = arguments(node)
-        query, key, value = named["query"], named["key"], named["value"]
-        rank = len(sizes(query))
-        batch: list[Any] = list(range(rank - 2))
-        grouped = [*batch[:-1], "kv heads"] if named.get("enable_gqa") else batch
-        operands: Axes = [(query, [*batch, "q", "c"]), (key, [*grouped, "k", "c"]), (value, [*grouped, "k", "e"])]
-        mask = named.get("attn_mask", named.get("attn_bias"))
-        if mask is not None:
-            operands.append((mask, [*batch, "q", "k"][rank - len(sizes(mask)) :]))
-        return operands, [*batch, "q", "e"]
 
     def _taken(self, node: fx.Node, split: fx.Node, layout: Layout) -> Layout | None:
         dim = arguments(split)["dim"] % len(layout)
@@ -314,15 +249,6 @@ class Labels:
             kept = rest if times == 1 else (Part(None, times), *rest)
         assert kept is not None
         return (*layout[:dim], kept, *layout[dim + 1 :])
-
-    def _reduced(self, node: fx.Node, layout: Layout) -> Layout:
-        named = arguments(node)
-        given = named.get("dim")
-        over = range(len(layout)) if given is None else [given] if isinstance(given, int) else given
-        dims = {dim % len(layout) for dim in over}
-        if named.get("keepdim"):
-            return tuple((Part(None, 1),) if axis in dims else dim for axis, dim in enumerate(layout))
-        return tuple(dim for axis, dim in enumerate(layout) if axis not in dims)
 
     # Back
 
@@ -349,14 +275,14 @@ class Labels:
             return
         if "norm" in str(op):
             self._refuse(node, "normalises the channels of a head, or heads, whose number is fixed")
-        if op in _JOINS and arguments(node)["dim"] % len(layout) in self.changed(node):
+        if op in JOINS and arguments(node)["dim"] % len(layout) in self.changed(node):
             self._refuse(node, "joins parts of the channels of a head, as rotary embeddings of a fixed width do")
-        aligned = self._aligned(node)
+        aligned = aligned_axes(node, self.program)
         if aligned is not None:
             yield from self._behind(aligned, layout)
             return
         source: Any = node.args[0] if node.op == "call_function" and node.args else None
-        behind = self._before(node, source, layout) if isinstance(source, fx.Node) else None
+        behind = behind_view(node, source, layout) if isinstance(source, fx.Node) else None
         if behind is None:
             self._refuse_source(node, layout)
         yield source, behind
@@ -375,35 +301,8 @@ class Labels:
             )
             for operand, keys in operands
         }
-        whole = {operand: own for operand, own in wanted.items() if _kinds(own) == _kinds(layout)}
-        yield from (whole or {operand: own for operand, own in wanted.items() if _kinds(own)}).items()
-
-    def _before(self, node: fx.Node, source: fx.Node, layout: Layout) -> Layout | None:
-        """The layout of what a view is of, where that of the view is known."""
-        op = packet(node)
-        taken = op is operator.getitem and (packet(source) in _SPLITS or packet(source) is aten.unbind)
-        shape = sizes(source.all_input_nodes[0] if taken else source)
-        if op in _REGROUPS:
-            return _regrouped(layout, shape)
-        if op in _ORDERS:
-            probe = torch.empty(tuple(range(2, 2 + len(shape))), device="meta")
-            order = node.target(probe, *node.args[1:], **node.kwargs).shape  # type: ignore[operator]
-            return tuple(layout[list(order).index(axis + 2)] for axis in range(len(shape)))
-        if op in _EXPANSIONS:
-            own = layout[len(layout) - len(shape) :]
-            return tuple(dim if s != 1 else (Part(None, 1),) for dim, s in zip(own, shape, strict=True))
-        if op in _SPLITS or op is aten.unbind:
-            return layout
-        if not taken and op not in _RANGES and op is not aten.select:
-            return None
-        dim = arguments(source if taken else node)["dim"] % len(shape)
-        if op is aten.select or (taken and packet(source) is aten.unbind):
-            return (*layout[:dim], (Part(None, shape[dim]),), *layout[dim:])
-        times = quotient(shape[dim], sizes(node)[dim])
-        if times is None:
-            return None
-        inner = layout[dim] if times == 1 else (Part(None, times), *layout[dim])
-        return (*layout[:dim], inner, *layout[dim + 1 :])
+        whole = {operand: own for operand, own in wanted.items() if kinds_of(own) == kinds_of(layout)}
+        yield from (whole or {operand: own for operand, own in wanted.items() if kinds_of(own)}).items()
 
     def _check_parameter(self, node: fx.Node, layout: Layout) -> None:
         """Raise where a parameter, or what else is there before any input, cannot be split anew."""
@@ -420,7 +319,7 @@ class Labels:
             self._refuse(node, f"is also read in {elsewhere}, which keeps its heads")
 
     def _refuse_source(self, node: fx.Node, layout: Layout) -> NoReturn:
-        kinds = _kinds(layout)
+        kinds = kinds_of(layout)
         parameter = next((n for n in self._ancestors(node) if n.op == "get_attr"), None)
         what = "" if parameter is None or parameter is node else f", made of {parameter.target},"
         if kinds == {"heads"}:
@@ -452,25 +351,3 @@ class Labels:
 
     def _refuse(self, node: fx.Node, reason: str) -> NoReturn:
         raise self.refusal(node, reason)
-
-
-def _kinds(layout: Layout) -> set[str]:
-    """What the axes of a layout are made of."""
-    return {part.source.kind for dim in layout for part in dim if isinstance(part.source, Tag)}
-
-
-def _regrouped(layout: Layout, shape: tuple[Size, ...]) -> Layout | None:
-    """The layout after a reshape; where axes are mixed in a way that cannot be told, those before it stay as they are.
-
-    (A relative shift mixes queries with distances, behind the heads.)
-    """
-    found = regroup(layout, shape)
-    if found is not None:
-        return found
-    own = [product(part.size for part in dim) for dim in layout]
-    same = 0
-    while same < min(len(own), len(shape)) and own[same] == shape[same]:
-        same += 1
-    if any(isinstance(part.source, Tag) for dim in layout[same:] for part in dim):
-        return None
-    return (*layout[:same], *((Part(None, size),) for size in shape[same:]))

@@ -18,7 +18,8 @@ from fxreuse.layouts.projections import hint, set_parameter
 from fxreuse.nodes import evaluate, inserting_before
 from fxreuse.program import Program, get_attribute
 
-from .head_labels import Labels, Tag
+from .head_axes import Tag
+from .head_labels import Labels
 
 _SHAPED = {
     aten.reshape: 1, aten.view: 1, aten.expand: 1, aten.broadcast_to: 1, aten.zeros: 0, aten.ones: 0, aten.empty: 0,

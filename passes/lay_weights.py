@@ -121,7 +121,7 @@ def add_to_shared(program: Program, groups: Sequence[WeightGroup], stack: str, s
     """
     _check_rank(groups, step)
     fits = [zero_group(program, group, step.rank, step.diagonal) for group in groups]
-    names, matrices = _names(groups), _describe(stack, groups, "shared")
+    names, matrices = _names(groups), _describe(stack, groups, None)
     added = _add(program, groups, fits, step, matrices)
     _finish(program, program)
     notes = []
@@ -191,9 +191,12 @@ def _errors(
 
 
 def _describe(
-    stack: str, groups: Sequence[WeightGroup], bias: str, fits: Sequence[GroupFit] | None = None
+    stack: str, groups: Sequence[WeightGroup], bias: str | None, fits: Sequence[GroupFit] | None = None
 ) -> _Matrices:
-    """Every matrix by its group, layer and role, as it is before residuals are added."""
+    """Every matrix by its group, layer and role, as it is before residuals are added.
+
+    ``bias`` is ``"shared"`` or ``"own"`` where layers are to begin to share, None where they share what they read now.
+    """
     found: _Matrices = {}
     places: dict[str, int] = {}
     for number, group in enumerate(groups):
@@ -228,10 +231,11 @@ def _place(member: Member) -> str:
 
 
 def _matrix(
-    stack: str, place: int, group: WeightGroup, member: Member, part: Part, bias: str, fit: GroupFit | None
+    stack: str, place: int, group: WeightGroup, member: Member, part: Part, bias: str | None, fit: GroupFit | None
 ) -> SharedMatrix:
     own = group.owner.part(part.role)
     assert own is not None
+    kept = member.projection.bias if bias is None else member.bias
     shares = bias == "shared" and member.projection.bias is not None
     return SharedMatrix(
         weight=member.weight,
@@ -246,7 +250,7 @@ def _matrix(
         rows=_compact(part.rows),
         shared_rows=_compact(group.owner.projection.rows[own.features]),
         bias=member.bias,
-        shared_bias=group.owner.projection.bias if shares else member.bias,
+        shared_bias=group.owner.projection.bias if shares else kept,
         error=None if fit is None else fit.errors.get((member.layer, part.role)),
         bias_error=None if fit is None else fit.bias_errors.get(member.layer),
     )

@@ -13,7 +13,8 @@ from fxreuse.tree import drop, free_path, reads
 
 from .insert_priors import SitePrior, logarithm_of
 from .new_tensors import free_sizes, put_tensor, read_tensor
-from .prune_site import SitePruner, scores_like
+from .prune_site import SitePruner
+from .pruning_record import scores_like
 
 
 def prune_priors(

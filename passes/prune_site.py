@@ -27,6 +27,7 @@ from .fused import OPERATOR, Fused
 from .gather_keys import Gatherer
 from .insert_priors import SitePrior, logarithm_of
 from .new_tensors import leading, put_tensor, read_tensor
+from .pruning_record import Work, cut_like, pruning_record
 from .skip_blocks import Skipping, choose_skipping
 from .split_projections import split_projections
 from .unweighted import MAPS, Unweighted, follow_prior
@@ -39,18 +40,6 @@ class PrunedSite(NamedTuple):
 
     record: SitePruning
     buffers: tuple[str, ...]
-
-
-def scores_like(scores: torch.Tensor, like: fx.Node) -> torch.Tensor:
-    """Scores, (heads or 1, queries, keys), with the heads of what a prior adds to them."""
-    value = like.meta["val"]
-    return (scores[0] if value.dim() == 2 else scores.expand(len(value), *scores.shape[1:])).clone()
-
-
-def cut_like(scores: torch.Tensor, like: fx.Node) -> torch.Tensor:
-    """What is added where scores are cut, for a prior: 0 to those that are kept, minus infinity to others."""
-    kept = scores_like(scores, like)
-    return torch.zeros(kept.shape, dtype=like.meta["val"].dtype).masked_fill_(~kept, -torch.inf)
 
 
 class SitePruner:
@@ -85,7 +74,9 @@ class SitePruner:
                     self._map(reader, found[operand])
                 elif reader.op != "output" and reader.target is not _aten.sym_size.int:
                     self._scores(reader, operand, found[operand])
-        return PrunedSite(self._record(), tuple(self._buffers))
+        gathered = sympy.Integer(0) if self._gatherer is None else self._gatherer.work
+        work = Work(self._filling, tuple(self._work), gathered)
+        return PrunedSite(pruning_record(self._prior, self._kept, work, self._skipping), tuple(self._buffers))
 
     def _operands(self, logarithm: fx.Node) -> list[fx.Node]:
         """The keys and values of the fused attentions that the prior reaches; of others, what their maps meet."""
@@ -274,40 +265,6 @@ class SitePruner:
     def _batch(self, node: fx.Node, last: int) -> sympy.Expr:
         return sympy.sympify(product(sizes(node)[:-last])) / self._prior.heads
 
-    def _extra_work(self) -> sympy.Expr:
-        """What the keys that fill the kernel's vectors cost, in projections and in the attentions."""
-        if self._gatherer is None or not self._filling:
-            return sympy.Integer(0)
-        share = sympy.Rational(self._filling, int(self._kept.keys.sum()) + self._filling)
-        pairs = self._prior.heads * self._prior.admissible.shape[0] * self._filling
-        return sympy.expand(share * self._gatherer.work + pairs * sympy.Add(*self._work))
-
-    def _record(self) -> SitePruning:
-        prior, heads, skipping = self._prior, self._prior.heads, self._skipping
-        times = heads if len(self._left) == 1 else 1
-        kept = int(self._left.sum()) * times
-        left = int(prior.admissible[:, self._kept.keys].sum()) * heads
-        queries, columns = self._left.shape[-2:]
-        computed = heads * queries * (columns + self._filling) if skipping is None else skipping.pairs
-        return SitePruning(
-            site=prior.site,
-            stack=prior.stack,
-            layer=prior.layer,
-            heads=heads,
-            queries=prior.admissible.shape[0],
-            keys=prior.admissible.shape[1],
-            keys_kept=int(self._kept.keys.sum()),
-            scores=int(prior.admissible.sum()) * heads,
-            scores_kept=kept,
-            computed=computed,
-            unskipped=left - kept if skipping is None else 0,
-            work=sympy.Add(*self._work),
-            repeated=self._filling,
-            repeated_work=self._extra_work(),
-            lowering="mask" if skipping is None else skipping.lowering,
-            reason=_reason(self._cuts_keys, left > kept, self._filling) if skipping is None else skipping.reason,
-        )
-
 
 def _slices(logarithm: fx.Node) -> list[fx.Node]:
     """The nodes that take the leading part of what a prior adds."""
@@ -326,9 +283,3 @@ def _softmax_dim(node: fx.Node) -> int | None:
     if node.target is attention_map:
         return len(sizes(node)) - 1
     return arguments(node)["dim"] % len(sizes(node)) if packet(node) in SOFTMAX else None
-
-
-def _reason(cuts_keys: bool, hides: bool, filling: int) -> str:
-    keys = "keys are gathered before they are projected" if cuts_keys else "all keys are left"
-    scores = f"{keys}; single scores are hidden by a mask" if hides else f"{keys}, and all their scores"
-    return f"{scores}; {filling} more, hidden, fill the kernel's vectors" if filling else scores

@@ -10,7 +10,8 @@ from fxreuse.finding.find import find
 from fxreuse.finding.flow import Flow
 from fxreuse.program import Program
 
-from .head_labels import Labels, Split
+from .head_axes import Split
+from .head_labels import Labels
 from .head_scale import rescale
 from .head_sizes import apply_labels
 

@@ -109,7 +109,9 @@ def groups_that_share(
             members = groups.setdefault(key, [])
             owner = members[0].path if members else layer
             weight = _moved(projection.weight, owner, layer)
-            bias = None if projection.bias is None else _moved(projection.bias, owner, layer)
+            bias = projection.bias
+            if bias is not None and bias.startswith(f"{owner.partition('@')[0]}."):
+                bias = _moved(bias, owner, layer)  # one that the layer keeps for itself is where it is
             members.append(Member(number, layer, weight, bias, projection, parts_of(program, projection, operands)))
     found = [WeightGroup(members[0].layer, tuple(members)) for members in groups.values()]
     if not any(len({member.path for member in group.members}) > 1 for group in found):

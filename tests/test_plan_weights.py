@@ -138,3 +138,19 @@ def test_choice_of_a_stack():
         choose_named_stack(Residual(2), stacks)
     with pytest.raises(PlanError, match="no stack of attentions"):
         choose_named_stack(Residual(2), {})
+
+
+def test_groups_that_do_not_fit_are_answered_with_plans_of_the_same_kind():
+    stacks = {"layers.{i}·self": 6}
+    for plan, offered in (
+        ("share 2+3 bias=own", [f"share {groups} bias=own" for groups in ("k=2", "k=3", "k=6", "2+4")]),
+        ("residual 4x2 r=4", [f"residual {groups} r=4" for groups in ("k=2", "k=3", "k=6", "2+4")]),
+        ("2+3", ["2x3", "3x2", "6x1", "2x*"]),
+    ):
+        with pytest.raises(PlanError) as caught:
+            choose_stack(Plan.parse(plan).passes[0], stacks)
+        assert str(caught.value).endswith(f"plans for 6 layers: {', '.join(offered)}")
+        for fits in offered:
+            choose_stack(Plan.parse(fits).passes[0], stacks)
+    with pytest.raises(PlanError, match=r"decoder: 3 layers, takes share k=3, share 2\+1"):
+        choose_stack(Plan.parse("share 2+4").passes[0], {"encoder": 4, "decoder": 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -168,8 +169,11 @@ def test_fused_values_of_followers_share_the_rows_of_their_leader(name, rest):
 
 def test_reuse_after_fused_weights_are_shared_is_refused():
     model, program, inputs = captured("thirds")
-    with pytest.raises(fxreuse.PlanError, match="write the reuse pass first"):
-        applied(model, program, "share k=2 | 2x2", inputs)
+    with pytest.raises(fxreuse.PlanError, match="which followers would keep the rows of their values") as raised:
+        applied(model, program, "share k=2 | 2x2 | residual r=2", inputs)
+    order = re.search(r"write the reuse pass first: '(.*)'", str(raised.value)).group(1)
+    assert order == "2x2 | share k=2 | residual r=2"
+    assert fxreuse.describe(applied(model, program, order, inputs)).plan == order
 
 
 def test_residuals_on_a_model_that_shares_its_weights():

@@ -98,7 +98,7 @@ def check_outputs(pair: Pair, record: Record | None, tolerance: float | None) ->
     """
     followers = _followers(record)
     plan = record.plan if record else ""
-    known = record is None or has_weights_for(record)
+    known = record is None or has_weights_for(pair.original, record)
     unknown = _CHANGE_THE_FUNCTION if known else _CHANGE_THE_FUNCTION | _SHARE_WEIGHTS
     changing = sorted(unknown & {part.split()[0] for part in plan.split("|") if part.strip()})
     if tolerance is None:
@@ -142,7 +142,7 @@ def check_outputs(pair: Pair, record: Record | None, tolerance: float | None) ->
 
 def _meant(pair: Pair, record: Record | None) -> Pair:
     """The pair with an original whose weights are those that the rewritten model works with."""
-    if record is not None and record.matrices and has_weights_for(record):
+    if record is not None and record.matrices and has_weights_for(pair.original, record):
         put_weights(pair.original, pair.rewritten, record)
     return pair
 

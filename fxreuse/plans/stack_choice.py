@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from ..attention import AttentionSites
 from ..errors import PlanError
-from .groups import Groups, count_layers, describe_fitting, fitting
+from .groups import Groups, Open, count_layers, describe_fitting, fitting
+from .groups_text import parse_groups
 from .plan import Reuse
 from .plan_fiak import Fiak
 from .plan_options import Match
@@ -41,7 +42,7 @@ def choose_stack(step: Reuse | Share | Residual, stacks: Mapping[str, int]) -> t
     if not groups.fits(layers):
         raise PlanError(
             f"plan {str(step)!r} is for {groups.extent}, found {count_layers(layers)} in stack {name}; "
-            + describe_fitting(layers)
+            f"plans for {count_layers(layers)}: {_offered(step, layers)}"
         )
     matched = step.ffn.groups if isinstance(step, Reuse) and isinstance(step.ffn, Match) else None
     if matched is not None and not matched.fits(layers):
@@ -67,7 +68,7 @@ def choose_named_stack(step: _Step, stacks: Mapping[str, int]) -> str:
     if len(stacks) > 1:
         raise PlanError(
             f"plan {str(step)!r}: the model has {len(stacks)} stacks; say which, as in "
-            f"{_with_stack(step, next(iter(stacks)))!r}; they are\n" + _table(stacks)
+            f"{_with_stack(step, next(iter(stacks)))!r}; they are\n" + _table(step, stacks)
         )
     return next(iter(stacks))
 
@@ -102,12 +103,12 @@ def _named_stack(step: _Step, wanted: str, stacks: Mapping[str, int]) -> str:
     if containing:
         raise PlanError(
             f"plan {str(step)!r}: stack={wanted} may mean any of these stacks; give more of the name, as in "
-            f"{_with_stack(step, containing[0])!r}\n" + _table({name: stacks[name] for name in containing})
+            f"{_with_stack(step, containing[0])!r}\n" + _table(step, {name: stacks[name] for name in containing})
         )
     pieces = {piece: name for name in stacks for piece in (name, *re.split(r"[.·]", name))}
     near = difflib.get_close_matches(wanted, pieces, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise PlanError(f"plan {str(step)!r}: no stack is called {wanted}{hint}; the stacks are\n" + _table(stacks))
+    raise PlanError(f"plan {str(step)!r}: no stack is called {wanted}{hint}; the stacks are\n" + _table(step, stacks))
 
 
 def _fitting_stack(step: _Step, groups: Groups, stacks: Mapping[str, int]) -> str:
@@ -120,10 +121,10 @@ def _fitting_stack(step: _Step, groups: Groups, stacks: Mapping[str, int]) -> st
     if fits:
         raise PlanError(
             f"plan {str(step)!r} fits {len(fits)} stacks; say which, as in {_with_stack(step, fits[0])!r}; they are\n"
-            + _table({name: stacks[name] for name in fits})
+            + _table(step, {name: stacks[name] for name in fits})
         )
     raise PlanError(
-        f"plan {str(step)!r} is for {groups.extent}; no stack has as many; the stacks are\n" + _table(stacks)
+        f"plan {str(step)!r} is for {groups.extent}; no stack has as many; the stacks are\n" + _table(step, stacks)
     )
 
 
@@ -131,7 +132,23 @@ def _with_stack(step: _Step, name: str) -> str:
     return str(dataclasses.replace(step, stack=name))
 
 
-def _table(stacks: Mapping[str, int]) -> str:
+def _table(step: _Step, stacks: Mapping[str, int]) -> str:
     """A line for each stack: its name, its layers, and plans that fit."""
-    rows = [f"  {name}: {count_layers(layers)}, takes {', '.join(fitting(layers))}" for name, layers in stacks.items()]
+    rows = [f"  {name}: {count_layers(layers)}, takes {_offered(step, layers)}" for name, layers in stacks.items()]
     return "\n".join(rows)
+
+
+def _offered(step: _Step, layers: int) -> str:
+    """Plans of the pass's own kind that a stack of so many layers takes.
+
+    >>> from fxreuse import Plan
+    >>> _offered(Plan.parse("share 2+3 bias=own").passes[0], 6)
+    'share k=2 bias=own, share k=3 bias=own, share k=6 bias=own, share 2+4 bias=own'
+    >>> _offered(Plan.parse("residual 2+3 r=4").passes[0], 3), _offered(Plan.parse("5x2").passes[0], 6)
+    ('residual k=3 r=4, residual 2+1 r=4', '2x3, 3x2, 6x1, 2x*')
+    """
+    if not isinstance(step, (Share, Residual)) or step.groups is None:
+        return ", ".join(fitting(layers)) or "none"
+    sizes = [size for size in range(2, layers + 1) if layers % size == 0][:3]
+    groups = [*map(Open, sizes), *([parse_groups(f"2+{layers - 2}")] if layers > 2 else [])]
+    return ", ".join(str(dataclasses.replace(step, groups=one, stack=None)) for one in groups) or "none"
