@@ -31,6 +31,7 @@ from torch import nn
 
 from fxreuse.cost_model import calibrate
 from fxreuse.cost_model.latency import predict_latency
+from fxreuse.cost_model.read_times import read_device
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "latency_prediction.json"
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from latency_cases import CASES, LOWERINGS, prepared, summaries  # noqa: E402
 from undisturbed import undisturbed  # noqa: E402
 
-SECONDS = 15.0
+SECONDS = 45.0
 # How much of the processors' time others may take in a round that counts. Two threads that wait for each other lose far
 # more than that.
 OTHERS = 0.03
@@ -94,7 +95,7 @@ def predict(name: str, found: dict[str, Any]) -> None:
     cells = [cell for cell in found["cells"].values() if cell["case"] == name]
     if not cells:
         return
-    device = calibrate.read_device(found["microbenchmarks"][name])
+    device = read_device(found["microbenchmarks"][name], calibrate.processor())
     summary = summaries(name)
     for cell in cells:
         kind = f"{cell['plan']} lowering={cell['lowering']}"

@@ -20,6 +20,8 @@ _VIEWS = frozenset({"_unsafe_view", "unsafe_split", "unsafe_chunk", "unsafe_spli
 _DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 #: Operators that copy where the memory layout asks for it.
 _RESHAPES = frozenset({"reshape", "reshape_as", "flatten", "ravel"})
+#: Views that, in the shape of their operand, change nothing.
+_SAME_LAYOUT = frozenset(f"aten.{name}" for name in ("view", "reshape", "reshape_as"))
 #: Operators that copy where the dtype or the device changes.
 _CONVERSIONS = frozenset({"to", "type_as"})
 
@@ -94,13 +96,20 @@ def _gives_back(leaf: torch.nn.Module, ndim: int) -> bool:
 def strides(node: fx.Node) -> Sizes:
     """The strides of a node's value, as its kernel lays it out.
 
-    A fused attention gives (batch, heads, queries, width) with the heads innermost but one, as models want it.
+    A fused attention lays its result out as its query is: with the heads innermost but one, as models want it, where
+    the query comes from a projection. A view in the same shape, which a rewrite may have put behind another kernel than
+    it was captured with, is laid out as what it shows.
     """
     name = operator_name(node)
+    given = operands(node)
     if name in FUSED_ATTENTION and len(shape(node)) == 4:
         batch, heads, queries, width = shape(node)
+        if isinstance(given[0], fx.Node) and strides(given[0]) == contiguous(shape(given[0])):
+            return contiguous((batch, heads, queries, width))
         inner = contiguous((batch, queries, heads, width))
         return inner[0], inner[2], inner[1], inner[3]
+    if name in _SAME_LAYOUT and isinstance(given[0], fx.Node) and shape(given[0]) == shape(node):
+        return strides(given[0])
     if name in ("aten.transpose", "aten.permute"):
         first, *dims = operands(node)
         order = list(range(len(shape(first))))

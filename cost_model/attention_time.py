@@ -6,19 +6,12 @@ import dataclasses
 
 import torch
 
+from .attention_blocks import KEY_BLOCK, visible_part
 from .device import Device
+from .residency import Caches
 
-# The fused attention of a CPU computes blocks of so many keys; one that a causal mask hides whole, it skips.
-KEY_BLOCK = 512
-
-
-def visible_part(keys: int, blocks: int = KEY_BLOCK) -> float:
-    """The part of a causal map that is computed by an attention which skips blocks of keys.
-
-    >>> visible_part(512), visible_part(2048)
-    (1.0, 0.625)
-    """
-    return min(1.0, 0.5 + blocks / (2 * max(1, keys)))
+# Seconds that are longer than a shared cache keeps anything.
+_LONG = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +35,21 @@ class SharedMap:
     def stored(self, device: Device) -> float:
         """Seconds of all layers where the first one writes the map to memory and all read it.
 
-        From a certain size on, the map does not fit into cache: it goes to memory and comes back for the softmax and
-        for every product.
+        From a certain size on, the map does not fit into a core's own cache, and beyond that of the last-level cache it
+        goes to memory and comes back for the softmax and for every product. Where others share that cache, followers
+        find nothing of it there: what a layer does between two uses takes longer than such a cache keeps anything.
         """
         scores = self.heads * self.queries * self.keys
         size = scores * self.dtype.itemsize
-        away = device.away(max(0.0, size - device.cache))  # once through, there or back
         product = device.product("batched", self.heads, self.queries, self.keys, self.width, self.dtype)
         softmax = scores * device.element("softmax")
         context = device.product("batched", self.heads, self.queries, self.values, self.keys, self.dtype)
-        extra = scores * device.element("add") + 2 * away if self.causal or self.masked else 0.0
-        once = product + away + softmax + 2 * away + extra + device.dispatch("map")
-        return once + self.layers * (context + away + device.dispatch("batched"))
+        written, added = _moved(device, "batched", size), _moved(device, "write", size)
+        extra = scores * device.element("add") + added if self.causal or self.masked else 0.0
+        once = product + written + softmax + added + extra + device.dispatch("map")
+        found = _moved(device, "batched", size, _LONG)
+        follows = self.layers * (context + device.dispatch("batched")) + (self.layers - 1) * found
+        return once + written + follows
 
     def computed_again(self, device: Device) -> float:
         """Seconds of all layers where each runs fused attention on the queries and keys of the first one."""
@@ -63,6 +59,16 @@ class SharedMap:
         seconds = device.product("attention", self.heads, self.queries, part * self.keys, both, self.dtype)
         seconds += scores * (device.score + (device.masked_score if self.masked else 0.0))
         if self.masked:
-            size = scores * self.dtype.itemsize
-            seconds += device.away(max(0.0, size - device.cache))
+            seconds += _moved(device, "batched", scores * self.dtype.itemsize)
         return self.layers * (seconds + device.dispatch("attention"))
+
+
+def _moved(device: Device, use: str, size: float, seconds: float = 0.0) -> float:
+    """What it costs to go through a map that was last touched as a whole, so many seconds ago.
+
+    One that is written is read before, too.
+    """
+    if device.asynchronous:
+        return (2 if use == "write" else 1) * max(0.0, size - device.cache) / device.memory
+    outer, memory = Caches(device.own_cache, device.cache, device.retention).missed(size, 0.0, seconds)
+    return device.missed(use, outer, memory)

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..errors import InputError, UnsupportedError
+from .attention_blocks import KEY_BLOCK, query_block
 
 #: Families of matrix products, each with kernels of its own. ``attention`` is the fused one.
 PRODUCTS = ("linear", "batched", "convolution", "depthwise", "attention")
+
+#: What bytes are moved for: to be read once, or written once, or as operands and results of products with weights, or
+#: of other products.
+USES = ("read", "write", "linear", "batched")
 
 # Numbers in a vector register of a CPU.
 _LANES = 16
@@ -28,7 +34,8 @@ class Rate:
 
     ``macs`` is the rate of a large one, in MACs per second. ``half`` are the sizes m, n and k, each alone, that halve
     it: a product takes MACs / rate · (1 + m₀/m + n₀/n + k₀/k), where the last three terms stand for the operands that
-    are packed and the result that is written.
+    are packed and the result that is written. ``ragged`` is how much longer, as a part, it takes where n is not a whole
+    number of vectors; only fused attention has it.
 
     >>> Rate(1e9, (0, 0, 64)).seconds(1, 1000, 1000, 64)
     0.128
@@ -36,6 +43,7 @@ class Rate:
 
     macs: float
     half: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    ragged: float = 0.0
 
     def seconds(self, batch: float, m: float, n: float, k: float) -> float:
         """The time of a product of these sizes, its operands in cache."""
@@ -57,11 +65,17 @@ class Device:
         elements: seconds per element of operators that are no products, operands in cache and all threads at work, by
             kind: ``"add"``, ``"gelu"``, ``"softmax"``, ``"strided"`` …
         score: seconds per score, beside the products, in fused attention; ``masked_score`` with a mask in memory.
-        ragged: seconds per element of a product's result that does not fit into cache, where its rows do not end with a
-            line of it.
+        ragged: seconds per element of a product's result that is not in the cores' own caches, where its rows do not
+            end with a line of cache; ``ragged_memory`` is what it is more where the result comes from memory.
         memory: bytes per second to and from memory.
         cache: bytes of the last-level cache that one process can count on.
         cache_rate: bytes per second to and from that cache.
+        own_cache: bytes of the caches that belong to the cores alone; 0 for an accelerator.
+        retention: seconds after which others who share the last-level cache have pushed half of one's bytes out.
+        outer_miss: on a CPU, seconds per byte that it takes, on top of the work, to go through bytes that are not in
+            the cores' own caches. In the rates of products it is contained.
+        memory_miss: seconds per byte that it takes longer where they are not in the last-level cache either, by what
+            they are moved for, one of `USES`.
         overhead: seconds per operator that do not depend on sizes, by kind: ``"view"``, ``"element"``, ``"linear"``,
             ``"map"`` …; with ``"compiled "`` in front, of a kernel of a compiled graph.
         grain: elements below which an operator is not spread over threads.
@@ -85,25 +99,36 @@ class Device:
     overhead: Mapping[str, float]
     grain: int = 32768
     ragged: float = 0.0
+    ragged_memory: float = 0.0
     fault: float = 0.0
     asynchronous: bool = False
     source: str = ""
+    own_cache: float = 0.0
+    retention: float = math.inf
+    outer_miss: float = 0.0
+    memory_miss: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def product(self, family: str, batch: float, m: float, n: float, k: float, dtype: torch.dtype) -> float:
         """Seconds of a matrix product, its operands in cache.
 
         A CPU takes as long for a few columns, less than a vector of them, as for two whole vectors; and so do the
-        heads of a fused attention, whose two widths are ``k``.
+        heads of a fused attention, whose two widths are ``k``. It computes that in blocks: ``m`` counts as that of one.
 
         Raises:
             InputError: where the device has no rate for that dtype.
         """
-        if self.kind == "cpu":
-            if family == "attention":
-                k = k if k >= 2 * _LANES else 4 * _LANES
-            elif family != "depthwise":
-                n = n if n >= _LANES else 2 * _LANES
+        if self.kind == "cpu" and family == "attention":
+            return self._in_blocks(batch, m, n, k) / self.faster(dtype)
+        if self.kind == "cpu" and family != "depthwise":
+            n = n if n >= _LANES else 2 * _LANES
         return self.products[family].seconds(batch, m, n, k) / self.faster(dtype)
+
+    def _in_blocks(self, batch: float, queries: float, keys: float, width: float) -> float:
+        """Seconds of the products of a fused attention on a CPU."""
+        rate = self.products["attention"]
+        width = width if width >= 2 * _LANES else 4 * _LANES
+        macs, packed, ragged = block_work(batch, queries, keys, width)
+        return (macs + rate.half[0] * packed + rate.ragged * ragged) / rate.macs
 
     def faster(self, dtype: torch.dtype) -> float:
         """How many times as fast as in float32 matrix products run.
@@ -124,15 +149,17 @@ class Device:
         """Seconds per element of an operator; of plain arithmetic where the kind is not known."""
         return self.elements.get(kind, self.elements["add"])
 
-    def away(self, size: float) -> float:
-        """Seconds that it takes on top of the work on so many bytes that they come from memory, or go there.
+    def missed(self, use: str, outer: float, memory: float) -> float:
+        """Seconds that it takes on a CPU, on top of the work, that so many bytes are not in the cores' own caches, and
+        so many of them not in the last-level cache either.
 
-        On a CPU the work has the time of the cache in it, and this is what memory takes longer; an accelerator moves
-        them beside its work, and this is the whole time.
+        Arguments:
+            use: what they are moved for, one of `USES`.
+            outer: bytes.
+            memory: bytes.
         """
-        if self.asynchronous:
-            return size / self.memory
-        return size * max(0.0, 1 / self.memory - 1 / self.cache_rate)
+        near = outer * self.outer_miss if use in ("read", "write") else 0.0
+        return near + memory * self.memory_miss.get(use, 0.0)
 
     def dispatch(self, kind: str, compiled: bool = False) -> float:
         """Seconds per operator that do not depend on sizes."""
@@ -236,8 +263,29 @@ class Device:
         True
         """
         data: dict[str, Any] = json.loads(text)
-        rates = {name: Rate(rate["macs"], tuple(rate["half"])) for name, rate in data.pop("products").items()}
+        rates = {
+            name: Rate(rate["macs"], tuple(rate["half"]), rate["ragged"]) for name, rate in data.pop("products").items()
+        }
         return cls(products=rates, **data)
+
+
+def block_work(batch: float, queries: float, keys: float, width: float) -> tuple[float, float, float]:
+    """The work of a fused attention of a CPU, in the terms that its time is made of.
+
+    Arguments:
+        batch: heads of all samples.
+        queries: how many.
+        keys: how many are computed.
+        width: of a key and a value together.
+
+    Returns:
+        MACs; numbers of keys and values that are packed, once for every block of queries; and the MACs of blocks of
+        keys that are not a whole number of vectors.
+    """
+    macs = batch * queries * keys * width
+    blocks = math.ceil(queries / query_block(queries))
+    last = keys % KEY_BLOCK
+    return macs, batch * blocks * keys * width, macs * last / keys if last % _LANES and keys else 0.0
 
 
 def _plain(name: str) -> str:

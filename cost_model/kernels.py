@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .aliasing import contiguous, strides
-from .attention_time import KEY_BLOCK, visible_part
+from .attention_blocks import KEY_BLOCK, visible_part
 from .macs import RESIDUAL_LINEAR
 from .operations import Access, Operation
 from .sizes import operands, product, shape, tensor
@@ -148,7 +148,13 @@ def _convolution(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kern
     depthwise = groups > 1 and at(weight[1]) == 1
     sizes = (groups, positions, max(1, channels // groups), inner)
     family = "depthwise" if depthwise else "convolution"
-    yield _base(operation, at, family, product=sizes, dispatch="convolution")
+    made = _base(operation, at, family, product=sizes, dispatch="convolution")
+    if eager_cpu:  # oneDNN blocks the channels: it works on a copy of the input, and on a result that it copies, too
+        item = operation.dtype.itemsize
+        blocked = (math.prod(map(at, source)) * item, channels * positions * item)
+        scratch = tuple((-2 * id(operation) - place, size) for place, size in enumerate(blocked, 1))
+        made = dataclasses.replace(made, writes=(*scratch, *made.writes))
+    yield made
 
 
 def _attention(operation: Operation, at: At, eager_cpu: bool) -> Iterator[Kernel]:

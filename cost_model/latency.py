@@ -1,11 +1,9 @@
-"""How long a program takes on a device: a roofline, kernel by kernel.
+"""How long a program takes on a device, kernel by kernel.
 
-Each kernel takes the longer of two: its arithmetic at the rate of its family, and its bytes at the rate of the
-last-level cache. Those of its bytes that are not in that cache take the time of memory: on a CPU what it takes longer
-than the cache comes on top, since few cores wait for what they read, and on an accelerator it goes on beside the
-arithmetic. Then comes what a call costs, and
-on a CPU the page faults of large new blocks. Which bytes are in cache is followed through the whole run (`residency`);
-a T×T map falls out of it from some length on.
+On a CPU a kernel takes the time of its arithmetic with everything in the caches of its cores, and what it waits for
+bytes that are not there, and longer for those that are in no cache; then what a call costs, and the page faults of
+large new blocks. On an accelerator these go on side by side, and the longest counts. Which bytes are in which cache is
+followed through the whole run (`residency`).
 """
 
 from __future__ import annotations
@@ -23,11 +21,15 @@ from .device import Device
 from .fusion import fuse
 from .kernels import Kernel, kernels_of
 from .operations import Operation
-from .residency import Residency, Traffic
+from .residency import Caches, Residency, Traffic
 from .summary import Summary
 
 # Bytes of a line of cache.
 _LINE = 64
+# What the bytes of a family of products are moved for, one of `device.USES`.
+_USES = {
+    "linear": "linear", "convolution": "linear", "depthwise": "linear", "batched": "batched", "attention": "batched",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,9 @@ def predict(
     made = fuse(made) if compiled else made
     accesses = [access for operation in operations for access in operation.reads]
     lasting = {access.storage for access in accesses if access.role != "activation"}
-    traffic = Residency(device.cache, heap=device.fault > 0).run(made, lasting)
+    caches = Caches(device.own_cache, device.cache, device.retention)
+    residency = Residency(caches, heap=device.fault > 0)
+    traffic = residency.run(made, lasting, lambda kernel, moved: kernel_seconds(kernel, moved, device, compiled))
     seconds: defaultdict[int, float] = defaultdict(float)
     for kernel, moved in zip(made, traffic, strict=True):
         seconds[id(kernel.operation)] += kernel_seconds(kernel, moved, device, compiled)
@@ -146,22 +150,25 @@ def predict(
 
 def kernel_seconds(kernel: Kernel, moved: Traffic, device: Device, compiled: bool = False) -> float:
     """The time of one kernel, with what it moves to and from memory."""
-    work = _arithmetic(kernel, device, compiled)
-    touched = sum(size for _, size in (*kernel.reads, *kernel.writes))
-    if kernel.product is None:
-        work = max(work, touched / device.cache_rate)
-    away = device.away(moved.memory)
+    work = _arithmetic(kernel, device, compiled) + _ragged(kernel, moved, device)
     dispatch = device.dispatch(kernel.dispatch, compiled) if kernel.dispatch else 0.0
     if device.asynchronous:
-        return max(dispatch, work, away)
-    return dispatch + work + away + moved.faulted * device.fault
+        touched = sum(size for _, size in (*kernel.reads, *kernel.writes)) if kernel.product is None else 0
+        return max(dispatch, work, touched / device.cache_rate, moved.memory / device.memory)
+    return dispatch + work + _missed(kernel, moved, device) + moved.faulted * device.fault
+
+
+def _missed(kernel: Kernel, moved: Traffic, device: Device) -> float:
+    """What a kernel waits on a CPU for bytes that are not in the caches of its cores."""
+    if kernel.product is not None:
+        return device.missed(_USES[kernel.family], moved.outer, moved.memory)
+    return device.missed("read", moved.outer, moved.memory - moved.written) + device.missed("write", 0.0, moved.written)
 
 
 def _arithmetic(kernel: Kernel, device: Device, compiled: bool) -> float:
     seconds = 0.0
     if kernel.product is not None:
         seconds += device.product(kernel.family, *kernel.product, kernel.dtype)
-        seconds += _ragged(kernel, device)
     if kernel.scores:
         seconds += kernel.scores * (device.score + (device.masked_score if kernel.masked else 0.0))
     if kernel.elements:
@@ -173,14 +180,16 @@ def _arithmetic(kernel: Kernel, device: Device, compiled: bool) -> float:
     return seconds
 
 
-def _ragged(kernel: Kernel, device: Device) -> float:
-    """What it costs that the rows of a result share lines of cache: little where the result is small."""
-    assert kernel.product is not None
-    batch, m, n, _ = kernel.product
-    item = kernel.dtype.itemsize
-    if kernel.family not in ("linear", "batched") or n * item % _LINE == 0:
+def _ragged(kernel: Kernel, moved: Traffic, device: Device) -> float:
+    """What it costs that the rows of a result share lines of cache: nothing where the cores' own caches hold it."""
+    if kernel.product is None or kernel.family not in ("linear", "batched"):
         return 0.0
-    return device.ragged * batch * m * n * min(1.0, batch * m * n * item / device.cache)
+    batch, m, n, _ = kernel.product
+    elements, item = batch * m * n, kernel.dtype.itemsize
+    if n * item % _LINE == 0:
+        return 0.0
+    outer, memory = (min(1.0, size / (elements * item)) for size in (moved.outer, moved.memory))
+    return elements * (device.ragged * outer + device.ragged_memory * memory)
 
 
 def _evaluator(values: Mapping[sympy.Symbol, int]) -> Callable[[sympy.Expr], int]:

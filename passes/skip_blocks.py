@@ -27,11 +27,6 @@ from .fused import Fused
 from .insert_priors import SitePrior
 from .new_tensors import read_tensor
 
-# The fused kernel of a CPU takes 256 queries at a time where there are so many, and fewer, which takes so many times as
-# long for each, where there are not (`benchmarks/fiak_latency.py long`).
-_MANY = 768
-_FEW = 1.5
-
 
 @dataclasses.dataclass(frozen=True)
 class Skipping:
@@ -142,9 +137,8 @@ def _seconds(prior: SitePrior, skipping: Skipping, lengths: tuple[int, int]) -> 
         return SharedMap(heads, queries, keys, width, prior.width - width, 1, masked=masked).computed_again(device)
 
     heads = prior.heads // len(skipping.blocks)
-    few = _FEW if queries >= _MANY > skipping.block else 1.0
     counts = [count for head in skipping.counts for count in head]
-    gathered = sum(few * attention(heads, skipping.block, n, skipping.positions is not None) for n in counts)
+    gathered = sum(attention(heads, skipping.block, n, skipping.positions is not None) for n in counts)
     moved = 2 * heads * sum(counts) * prior.width * torch.float32.itemsize
     return gathered + moved / device.memory, attention(prior.heads, queries, keys, True)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fxreuse
-from fxreuse.cost_model import calibrate
-from fxreuse.cost_model.device import PRODUCTS, Device, Rate
+from fxreuse.cost_model import calibrate, microbenchmarks, read_times
+from fxreuse.cost_model.device import PRODUCTS, USES, Device, Rate
 from fxreuse.cost_model.presets import SERVER_CPU
 
 
@@ -88,30 +88,57 @@ def test_another_default_dtype_is_refused() -> None:
     "rate", [Rate(5e10), Rate(9e10, (0.0, 12.0, 30.0)), Rate(2e9, (4.0, 0.0, 0.0))], ids=lambda rate: str(rate.half)
 )
 def test_the_rate_that_times_follow_is_found(rate: Rate) -> None:
-    times = {}
-    for case in calibrate._BATCHED:
-        batch, m, k, n = case
-        times[f"batched {case}"] = rate.seconds(batch, m, n, k) + 5e-6
-    found = calibrate._read_rate("batched", calibrate._BATCHED, calibrate._batched_sizes, times, 5e-6)
+    shapes = [(batch, m, n, k) for batch, m, k, n in microbenchmarks.BATCHED]
+    found = read_times.read_rate(shapes, [rate.seconds(*shape) for shape in shapes])
     for batch, m, n, k in ((4, 300, 300, 64), (12, 512, 64, 512), (1, 100, 2000, 96)):
-        assert found.seconds(batch, m, n, k) == pytest.approx(rate.seconds(batch, m, n, k), rel=0.2)
+        assert found.seconds(batch, m, n, k) == pytest.approx(rate.seconds(batch, m, n, k), rel=0.05)
 
 
-def test_scores_and_products_of_fused_attention_are_told_apart() -> None:
-    rate, score = 8e10, 2e-10
+def test_what_fused_attention_spends_on_scores_products_and_packing_is_told_apart() -> None:
+    rate, score = Rate(8e10, (20.0, 0.0, 0.0), 0.2), 2e-10
+    device = dataclasses.replace(SERVER_CPU, products={"attention": rate})
     times = {}
-    for case in calibrate._ATTENTION:
+    for case in microbenchmarks.ATTENTION:
         batch, heads, length, width = case
-        times[f"attention {case}"] = batch * heads * length**2 * (2 * width / rate + score)
-    found_score, found = calibrate._read_attention(times, 0.0)
+        products = device.product("attention", batch * heads, length, length, 2 * width, torch.float32)
+        times[f"attention {case}"] = products + score * batch * heads * length**2
+    found_score, found = read_times.read_attention(times, 0.0)
     assert found_score == pytest.approx(score, rel=1e-6)
-    assert found.macs == pytest.approx(rate, rel=1e-6)
+    assert (found.macs, found.half[0], found.ragged) == pytest.approx((8e10, 20.0, 0.2), rel=1e-6)
 
 
-def test_the_cache_ends_where_copies_become_slower() -> None:
-    rates = {size: 80e9 if size <= 16 else 20e9 for size in calibrate._COPIED}
-    times = {f"copy {size}": size * 2**20 / rate for size, rate in rates.items()}
-    assert calibrate._read_memory(times) == (pytest.approx(80e9), pytest.approx(20e9), 16 * 2**20)
+def times_of_memory(own: float, shared: float, idle: float) -> dict[str, float]:
+    """Copies at 160, 80 and 20 GB/s, and a block that takes 1 ms, or two from so many seconds of pause on."""
+
+    def rate(size: int) -> float:
+        return 160e9 if size < own else 80e9 if size < shared else 20e9
+
+    times = {f"copy {size}": size * 2**20 / rate(size) for size in microbenchmarks.COPIED}
+    return times | {f"idle {pause}": 2e-3 if pause >= idle else 1e-3 for pause in (0.0, *read_times.PAUSES)}
+
+
+def test_a_cache_ends_where_copies_have_become_slower_by_half() -> None:
+    cache_rate, memory, caches = read_times.read_caches(times_of_memory(5, 100, math.inf))
+    assert (cache_rate, memory) == pytest.approx((80e9, 20e9))
+    assert 4 * 2**20 < caches.own < 5 * 2**20
+    assert 96 * 2**20 < caches.shared < 128 * 2**20
+
+
+@pytest.mark.parametrize(("idle", "expected"), [(0.016, 0.012), (0.064, 0.048), (math.inf, math.inf)])
+def test_a_cache_keeps_what_is_not_used_until_half_of_it_is_gone(idle: float, expected: float) -> None:
+    assert read_times.read_caches(times_of_memory(5, 100, idle))[2].retention == pytest.approx(expected)
+
+
+def test_bytes_from_memory_cost_what_they_take_longer_than_from_cache() -> None:
+    per_byte = {"copy": 2e-11, "write": 3e-11, "linear": 4e-11, "batched": 7e-11}
+    times = {
+        f"{use}, {place}": size // 2 * (1e-3 + per_byte[use] * microbenchmarks.MOVED[use] * (place == "memory"))
+        for use in per_byte
+        for place, size in microbenchmarks.PLACES.items()
+    }
+    found = read_times.read_misses(times)
+    assert found == pytest.approx({"read": 1e-11, "write": 3e-11, "linear": 4e-11, "batched": 7e-11})
+    assert set(found) == set(USES)
 
 
 def test_the_shortest_of_several_times_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +164,15 @@ def test_a_whole_measurement_has_every_figure(monkeypatch: pytest.MonkeyPatch) -
     assert set(device.elements) == set(SERVER_CPU.elements)
     assert set(device.overhead) == set(SERVER_CPU.overhead)
     assert set(device.dtypes) == set(SERVER_CPU.dtypes)
-    figures = [device.memory, device.cache, device.cache_rate, *device.elements.values(), *device.dtypes.values()]
+    assert set(device.memory_miss) == set(SERVER_CPU.memory_miss) == set(USES)
+    figures = [
+        device.memory,
+        device.cache,
+        device.cache_rate,
+        device.own_cache,
+        *device.elements.values(),
+        *device.dtypes.values(),
+    ]
     figures += [rate.macs for rate in device.products.values()]
     assert all(0 < figure < math.inf for figure in figures)
     assert Device.from_json(device.to_json()) == device

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fxreuse
-from fxreuse.cost_model import heap, residency
+from fxreuse.cost_model import heap
 from fxreuse.cost_model.attention_time import SharedMap
 from fxreuse.cost_model.device import Device, Rate
 from fxreuse.cost_model.fit import fit_times
@@ -21,7 +21,7 @@ from fxreuse.cost_model.kernels import Kernel, kernels_of
 from fxreuse.cost_model.latency import Prediction, predict, predict_latency
 from fxreuse.cost_model.operations import operations
 from fxreuse.cost_model.presets import PRESETS, SERVER_CPU
-from fxreuse.cost_model.residency import Residency
+from fxreuse.cost_model.residency import Caches, Residency
 from fxreuse.cost_model.summary import Summary, summarise
 from fxreuse.emission.rewritten import Rewritten
 from fxreuse.frontend.load import load_program
@@ -209,7 +209,7 @@ def kernel(reads: dict[int, int], writes: dict[int, int], **rest: object) -> Ker
 
 
 def memory_traffic(kernels: list[Kernel], cache: int, lasting: set[int] = frozenset()) -> list[float]:  # type: ignore[assignment]
-    return [moved.memory for moved in Residency(cache, heap=False).run(kernels, lasting)]
+    return [moved.memory for moved in Residency(Caches(0, cache), heap=False).run(kernels, lasting)]
 
 
 def test_what_fits_into_cache_stays_there() -> None:
@@ -221,21 +221,53 @@ def test_what_does_not_fit_into_cache_comes_from_memory() -> None:
     """A map of 60 bytes, that is written, read by a softmax in place, and read by a product."""
     chain = [kernel({1: 5}, {2: 60}, kept=True), kernel({2: 60}, {2: 60}), kernel({2: 60, 3: 5}, {4: 5})]
     assert sum(memory_traffic(chain, 400, {1, 3})) == 0
-    assert memory_traffic(chain, 40, {1, 3})[1] == 20 + 60 - 40
-    assert sum(memory_traffic(chain, 0, {1, 3})) == 5 + 4 * 60 + 10
+    assert (
+        memory_traffic(chain, 60, {1, 3})[1] == 30
+    )  # half of a map as large as the cache; what is written back as well
+    assert memory_traffic(chain, 40, {1, 3})[1] == 60
+    assert sum(memory_traffic(chain, 0, {1, 3})) == 5 + 3 * 60 + 10
 
 
 def test_weights_that_do_not_fit_together_are_read_from_memory_at_every_call() -> None:
     chain = [kernel({weight: 30}, {9: 1}) for weight in range(4)]
-    assert sum(memory_traffic(chain, 200, set(range(4)))) == 0
+    assert sum(memory_traffic(chain, 400, set(range(4)))) == 0
     assert sum(memory_traffic(chain, 60, set(range(4)))) >= 120
+
+
+def test_bytes_that_are_touched_again_and_again_push_others_out_once() -> None:
+    chain = [kernel({1: 10}, {}), *(kernel({2: 30}, {}) for _ in range(9))]
+    assert memory_traffic(chain, 100, {1, 2})[0] == 0
+
+
+def test_others_push_out_of_a_shared_cache_what_is_left_alone_for_long() -> None:
+    chain = [kernel({1: 10}, {}), kernel({2: 10}, {})]
+    for retention, expected in ((math.inf, 0), (2.0, 5), (1.0, 10)):
+        shared = Residency(Caches(0, 1e9, retention), heap=False)
+        found = shared.run(chain, {1, 2}, lambda kernel, moved: 1.0)
+        assert [moved.memory for moved in found] == pytest.approx([expected] * 2)
+
+
+def test_a_core_keeps_its_own_cache_whatever_others_do() -> None:
+    found = Residency(Caches(1e3, 1e9, retention=1.0), heap=False).run([kernel({1: 10}, {})], {1}, lambda *_: 9.0)
+    assert [(moved.outer, moved.memory) for moved in found] == [(0, 0)]
+
+
+def test_a_result_in_the_place_of_a_dead_one_is_in_cache() -> None:
+    """Of two results in new memory the third takes the place of the first."""
+    size = MIB
+    chain = [kernel({}, {1: size}), kernel({1: size}, {2: size}), kernel({2: size}, {3: size}), kernel({3: size}, {})]
+    near = Residency(Caches(0, 64 * MIB), heap=True).run(chain, ())
+    assert [(moved.memory, moved.faulted) for moved in near] == [(0, 0)] * 4
+    far = Residency(Caches(0, MIB), heap=True).run(chain, ())
+    assert far[2].memory > 1.5 * size
+    assert far[2].written > 0.9 * size
 
 
 def test_pages_are_new_where_the_heap_says_so_and_never_in_a_workspace() -> None:
     size = 40 * MIB
     for kept, faulted in ((False, True), (True, False)):
         chain = [kernel({}, {1: size}, kept=kept), kernel({1: size}, {2: 8})]
-        found = residency.Residency(1e6, heap=True).run(chain, ())
+        found = Residency(Caches(0, 1e6), heap=True).run(chain, ())
         assert (found[0].faulted > 0) == faulted
 
 
@@ -263,6 +295,7 @@ def test_a_convolution_is_parted_by_its_groups(summaries: dict[str, Summary]) ->
     *before, made = kernels_of(one, lambda size: int(size.xreplace(values)))
     assert (made.family, made.product) == ("depthwise", (32, 150, 1, 3))
     assert [copied.family for copied in before] == ["strided"]  # the transposed input is copied first
+    assert [size for _, size in made.writes] == [3 * 50 * 32 * 4] * 3  # and again in blocks, as is the result
 
 
 def test_the_weight_of_a_convolution_is_told_from_its_bias() -> None:
@@ -322,12 +355,38 @@ def test_a_value_that_is_read_after_a_product_is_written() -> None:
 
 
 def test_a_product_takes_what_its_rate_says_and_the_call() -> None:
-    device = dataclasses.replace(SERVER_CPU, memory=1e15, cache_rate=1e15, fault=0.0)
+    device = dataclasses.replace(SERVER_CPU, memory_miss={}, fault=0.0)
     summary = summarise(load_program(nn.Sequential(nn.Linear(64, 128)), torch.randn(4, 64)))
     found = predict_latency(summary, device, {"B": 100})
     wanted = device.products["linear"].seconds(1, 100, 128, 64) + device.overhead["linear"]
     assert found.seconds == pytest.approx(wanted)
-    assert predict_latency(summary, dataclasses.replace(device, memory=1e6, cache=0), {"B": 100}).seconds > 50 * wanted
+    far = dataclasses.replace(device, memory_miss={"linear": 1e-6}, own_cache=0.0, cache=0.0)
+    moved = 4 * (100 * 64 + 64 * 128 + 128 + 100 * 128)
+    assert predict_latency(summary, far, {"B": 100}).seconds == pytest.approx(wanted + 1e-6 * moved)
+
+
+def test_rows_that_share_lines_of_cache_take_longer_where_they_are_far() -> None:
+    times = []
+    for columns in (128, 127):
+        summary = summarise(load_program(nn.Sequential(nn.Linear(64, columns)), torch.randn(4, 64)))
+        near = predict_latency(summary, SERVER_CPU, {"B": 100}).seconds
+        far = dataclasses.replace(SERVER_CPU, own_cache=0.0, cache=0.0, ragged_memory=1e-6, memory_miss={})
+        times.append(predict_latency(summary, far, {"B": 100}).seconds - near)
+    assert times[0] == pytest.approx(0, abs=1e-9)
+    assert times[1] == pytest.approx((SERVER_CPU.ragged + 1e-6) * 100 * 127)
+
+
+def test_fused_attention_packs_keys_for_every_block_of_queries() -> None:
+    device = dataclasses.replace(SERVER_CPU, products={**SERVER_CPU.products, "attention": Rate(1e9, (16, 0, 0), 0.5)})
+
+    def seconds(queries: int, keys: int) -> float:
+        return device.product("attention", 4, queries, keys, 128, torch.float32)
+
+    assert seconds(512, 512) == pytest.approx(4 * 512 * 512 * 128 * (1 + 16 / 64) / 1e9)
+    assert seconds(1024, 512) == pytest.approx(4 * 1024 * 512 * 128 * (1 + 16 / 256) / 1e9)
+    assert seconds(65, 512) == pytest.approx(4 * 512 * 128 * (65 + 3 * 16) / 1e9)
+    assert seconds(512, 511) == pytest.approx(4 * 512 * 511 * 128 * (1 + 16 / 64 + 0.5) / 1e9)
+    assert seconds(512, 0) == 0
 
 
 def test_parts_add_up_to_the_whole(summaries: dict[str, Summary]) -> None:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxreuse.cost_model import Operation, operations
-from fxreuse.cost_model.aliasing import is_viewable
+from fxreuse.cost_model.aliasing import is_viewable, strides
 from fxreuse.cost_model.parts import Parts
+from fxreuse.cost_model.sizes import shape
 from fxreuse.map_workspace import attention_map
 
 from .tracer import Tracer, meta
@@ -146,12 +147,33 @@ class TestViews:
         found = made(trace, trace(ATEN.reshape.default, flipped, [24]))
         assert (found.kind, found.bytes) == ("copy", 2 * 96)
 
-    def test_heads_merge_without_a_copy_behind_a_fused_attention(self):
+    def test_heads_merge_without_a_copy_behind_a_fused_attention_of_projections(self):
         trace = Tracer()
-        q, k, v = (trace.input(2, 3, 5, 8, name=name) for name in "qkv")
+        q, k, v = (trace(ATEN.transpose.int, trace.input(2, 5, 3, 8, name=name), 1, 2) for name in "qkv")
         context = trace(ATEN.scaled_dot_product_attention.default, q, k, v)
         merged = trace(ATEN.reshape.default, trace(ATEN.transpose.int, context, 1, 2), [2, 5, 24])
         assert made(trace, merged).view
+
+    def test_a_fused_attention_lays_its_result_out_as_its_query(self):
+        trace = Tracer()
+        given = [
+            trace.input(2, 3, 5, 8, name=name) for name in "qkv"
+        ]  # heads outermost, as a concatenation leaves them
+        context = trace(ATEN.scaled_dot_product_attention.default, *given)
+        merged = trace(ATEN.reshape.default, trace(ATEN.transpose.int, context, 1, 2), [2, 5, 24])
+        assert made(trace, merged).kind == "copy"
+        q, k, v = (torch.randn(2, 3, 5, 8) for _ in "qkv")
+        assert torch.nn.functional.scaled_dot_product_attention(q, k, v).is_contiguous()
+
+    def test_a_view_in_the_same_shape_is_laid_out_as_its_operand(self):
+        """A rewrite may leave one behind another kernel than the one whose layout it was captured with."""
+        trace = Tracer()
+        q, k, v = (trace(ATEN.transpose.int, trace.input(2, 5, 3, 8, name=name), 1, 2) for name in "qkv")
+        fused = trace(ATEN.scaled_dot_product_attention.default, q, k, v)
+        same = trace(ATEN.reshape.default, fused, [2, 3, 5, 8])
+        same.replace_input_with(fused, trace.input(2, 3, 5, 8, name="product"))
+        merged = trace(ATEN.reshape.default, trace(ATEN.transpose.int, same, 1, 2), [2, 5, 24])
+        assert not is_viewable(shape(merged.args[0]), strides(merged.args[0]), shape(merged))
 
     @given(st.data())
     def test_viewable_as_torch_has_it(self, data: Any):
