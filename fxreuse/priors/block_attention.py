@@ -259,7 +259,7 @@ def _flex(
         return _masked(query, key, value, None, 0.0, scale, enable_gqa, blocks, block, positions)
     from torch.nn.attention.flex_attention import flex_attention
 
-    options = None if query.device.type == "cpu" else flex_tiles(block)
+    options: Any = None if query.device.type == "cpu" else flex_tiles(block)
     return flex_attention(query, key, value, None, block_mask, scale, enable_gqa, kernel_options=options)
 
 
