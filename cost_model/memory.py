@@ -18,11 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..map_workspace import IDLE_BLOCKS, SMALLEST
+from .attention_blocks import KEY_BLOCK, query_block
 
 _ATEN = torch.ops.aten
-# Of the fused attention on a CPU: from how many queries on it takes how many at a time, and how many keys.
-_QUERY_BLOCKS = ((768, 256), (192, 64), (0, 32))
-_KEY_BLOCK = 512
 # Of convolutions on a CPU: the batch from which on one of a single tap goes to oneDNN; the elements of an input, and
 # the width of a kernel, above which one does; and the channels of an image that oneDNN takes as it is.
 _MANY, _UNFOLDED, _LARGE_KERNEL, _FEW_CHANNELS = 16, 20480, 3, 3
@@ -223,9 +221,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _flash_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
     queries, keys, width = query.shape[-2], key.shape[-2], query.shape[-1]
-    block = next(size for longest, size in _QUERY_BLOCKS if queries >= longest)
-    rows = min(block, queries)
-    per_thread = rows * (min(_KEY_BLOCK, keys) + 2 + width)
+    rows = min(query_block(queries), queries)
+    per_thread = rows * (min(KEY_BLOCK, keys) + 2 + width)
     return torch.get_num_threads() * per_thread * max(query.element_size(), 4)
 
 

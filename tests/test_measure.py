@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fxreuse.checking.measure import Spread, Timing, interleaved, peak_memory
+from fxreuse.map_workspace import attention_map
 
 KIB = 1024
 
@@ -93,6 +94,23 @@ def test_peak_memory_is_above_what_was_held_before():
 
     assert peak_memory(let_go) == 10 * KIB
     assert peak_memory(lambda: None) == 0
+
+
+def test_what_an_earlier_measured_call_left_counts_for_nothing():
+    left = []
+    peak_memory(lambda: left.append(torch.zeros(100 * KIB, dtype=torch.uint8)))
+
+    def let_go():
+        left.pop(0)
+        return torch.zeros(10 * KIB, dtype=torch.uint8)
+
+    assert peak_memory(let_go) == 10 * KIB
+
+
+def test_peak_memory_counts_the_storage_of_maps_each_time():
+    query = torch.zeros(1, 4, 512, 8)
+    calls = [lambda: attention_map(query, query, None, False, 1.0)] * 2
+    assert [peak_memory(call) for call in calls] == [pytest.approx(4 * 512 * 512 * 4, rel=0.05)] * 2
 
 
 def test_peak_memory_of_attention_is_that_of_its_map():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from models.conformer import Conformer
@@ -13,26 +11,19 @@ from torch.nn import functional
 import fxreuse
 from fxreuse.checking.measure import peak_memory
 from fxreuse.cost_model.memory import peak_bytes
-from fxreuse.map_workspace import release_workspaces
 
 LENGTH = 300  # the maps of four heads take more than a MiB, so that they are in kept storage
 
 
 def measured(model: torch.nn.Module, *inputs: torch.Tensor, training: bool = False) -> int:
-    """The peak of one call, nothing being kept from earlier ones."""
-    gc.collect()  # what an earlier test left may hold storage, and hand it back in the middle of the call
+    """The peak of one call."""
 
     def step() -> None:
-        release_workspaces()
         model(*inputs).sum().backward()
         model.zero_grad()
 
-    def forward() -> object:
-        release_workspaces()
-        return model(*inputs)
-
     with torch.set_grad_enabled(training):
-        return peak_memory(step if training else forward)
+        return peak_memory(step if training else lambda: model(*inputs))
 
 
 class Layers(torch.nn.Sequential):

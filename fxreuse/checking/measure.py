@@ -7,11 +7,14 @@ import dataclasses
 import math
 import os
 import timeit
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import benchmark
+
+from ..map_workspace import release_workspaces
 
 _KINETO_SILENT = "6"
 _SHORTEST = 1e-7
@@ -119,8 +122,9 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
     """The most bytes of tensors that a call holds at a time, above what was held before it.
 
     On CUDA what torch's allocator counts; on the CPU the running sum of the profiler's record of what the call
-    allocates and frees again (freeing what was held before counts for nothing). What libraries allocate for themselves
-    is not in it. The function is called twice: the first call warms up.
+    allocates and frees again (freeing what was held before counts for nothing). The storage that rewritten models keep
+    for their attention maps between calls is freed before, and so counts. What libraries allocate for themselves is not
+    in it. The function is called twice: the first call warms up.
 
     Args:
         function: what to measure. Its result counts, and is dropped.
@@ -151,16 +155,32 @@ def _cuda_peak(function: Callable[[], object], device: torch.device) -> int:
 
 
 def _cpu_peak(function: Callable[[], object]) -> int:
+    release_workspaces()
     with _silent_kineto(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = function()
     del result
-    recorded = profiled.profiler.kineto_results.events() if profiled.profiler else []
-    changes = [event for event in recorded if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    events = profiled.profiler.kineto_results.experimental_event_tree() if profiled.profiler else []
+    peak = total = 0
+    held: dict[int, int] = {}
+    for _, address, size in sorted(_allocations(events)):
+        if size < 0:
+            total -= held.pop(address, 0)
+        else:
+            held[address] = size
+            total += size
+            peak = max(peak, total)
     return peak
+
+
+def _allocations(events: Iterable[_ProfilerEvent]) -> Iterator[tuple[int, int, int]]:
+    """When, where and how many bytes: what was allocated on the CPU at and below events, and (negative) freed."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        fields = event.extra_fields
+        if isinstance(fields, _ExtraFields_Allocation) and fields.device.type == "cpu" and fields.ptr is not None:
+            yield event.start_time_ns, fields.ptr, fields.alloc_size
 
 
 @contextlib.contextmanager
