@@ -63,4 +63,27 @@ def fiak_kernel() -> str:
     return github(rows, ["batch", "ns a score", *(f"{count} keys" for count in keys)])
 
 
-TABLES = {"fiak kernel": fiak_kernel, "fiak learning": fiak_learning, "fiak deit": fiak_deit, "fiak long": fiak_long}
+def triton_kernels() -> str:
+    """By the kind of numbers: how many kernels, the largest error, and the most shared memory."""
+    rows = []
+    found = load("triton_kernels")
+    for dtype in dict.fromkeys(row["dtype"] for row in found):
+        cells = [row for row in found if row["dtype"] == dtype]
+        kernels = [row for row in cells if "shared" in row]
+        errors = [row["error"] for row in kernels if row["error"] is not None]
+        ours = [row for row in kernels if row["tile"] is not None]  # the others depend on the GPU
+        most = max(row["shared"]["80"] for row in ours), max(row["shared"]["90"] for row in kernels)
+        shared = [f"{size / 1024:.0f}" for size in most]
+        error = f"{max(errors):.1e}" if errors else "not run"
+        rows.append([dtype, str(len(kernels)), error, *shared, str(len(cells) - len(kernels))])
+    headers = ["numbers", "kernels", "largest error", "KiB, 8.0", "KiB, 9.0", "masks instead"]
+    return github(rows, headers)
+
+
+TABLES = {
+    "fiak kernel": fiak_kernel,
+    "fiak learning": fiak_learning,
+    "fiak deit": fiak_deit,
+    "fiak long": fiak_long,
+    "triton kernels": triton_kernels,
+}

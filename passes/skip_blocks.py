@@ -110,8 +110,10 @@ def choose_skipping(
     area = block_sums(torch.ones(lengths, dtype=torch.float64), block)
     pairs = int((blocks * area).sum()) * prior.heads // len(blocks)
     lowering = wanted if wanted != "auto" else "gather" if device.type in ("cpu", "meta") else "flex"
-    widths = [sizes(operand)[-1] for one in fused for operand in (one.query, one.value)]
-    refused = refused_by_kernel(device, block, widths) if lowering == "flex" else None
+    refused = None
+    if lowering == "flex":
+        refusals = (refused_by_kernel(device, block, *_widths_and_type(one)) for one in fused)
+        refused = next(filter(None, refusals), None)
     if refused is not None:
         if wanted == "auto":
             return None
@@ -126,6 +128,11 @@ def choose_skipping(
             return None
         return dataclasses.replace(skipping, reason=f"{reason}; gathered, with a mask: {shown}")
     return skipping
+
+
+def _widths_and_type(fused: Fused) -> tuple[tuple[int, int], torch.dtype]:
+    """Of the heads of a fused attention: how wide those of queries and of values are, and their numbers."""
+    return (sizes(fused.query)[-1], sizes(fused.value)[-1]), fused.query.meta["val"].dtype
 
 
 def _seconds(prior: SitePrior, skipping: Skipping, lengths: tuple[int, int]) -> tuple[float, float]:

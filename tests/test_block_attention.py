@@ -19,29 +19,46 @@ from fxreuse.priors.block_attention import (
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
-@given(st.integers(1, 64))
-def test_tiles_divide_their_blocks(sixteenths):
+SIDES = st.sampled_from([16, 24, 64, 80, 96, 128, 192, 256, 512])
+
+
+@given(st.integers(1, 64), SIDES, SIDES, st.sampled_from([2, 4]))
+def test_tiles_divide_their_blocks_and_fit(sixteenths, width, value_width, itemsize):
     block = 16 * sixteenths
-    options = flex_tiles(block) or {"BLOCK_M": 128, "BLOCK_N": 128}
-    for side in (options["BLOCK_M"], options["BLOCK_N"]):
-        assert block % side == 0
-        assert side >= 16
-        assert side & (side - 1) == 0
+    options = flex_tiles(block, (width, value_width), itemsize)
+    if options is None:
+        assert block % 128 == 0
+        return
+    assert options["BLOCK_M"] == options["BLOCK_N"] == (side := options["BLOCK_M"])
+    assert block % side == 0
+    assert side >= 16
+    assert side & (side - 1) == 0
+    assert side == 16 or side * (3 * width + 2 * value_width + side) * itemsize <= 96 * 1024
+
+
+def test_tiles_are_as_large_as_shared_memory_lets_them_be():
+    sides = {}
+    for width, itemsize in ((64, 4), (80, 4), (128, 4), (256, 4), (128, 2), (192, 2)):
+        sides[width, itemsize] = flex_tiles(64, (width, width), itemsize)["BLOCK_M"]
+    assert sides == {(64, 4): 64, (80, 4): 32, (128, 4): 32, (256, 4): 16, (128, 2): 64, (192, 2): 32}
 
 
 def test_what_an_accelerator_refuses():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert "multiple of 16 on cuda, not of 24" in refused_by_kernel(gpu, 24, (64, 64))
-    assert "16 channels on cuda, not of 8" in refused_by_kernel(gpu, 32, (64, 8))
-    assert refused_by_kernel(gpu, 32, (64, 16)) is None
-    assert refused_by_kernel(cpu, 3, (8, 8)) is None
+    assert "multiple of 16 on cuda, not of 24" in refused_by_kernel(gpu, 24, (64, 64), torch.float32)
+    assert "16 channels on cuda, not of 8" in refused_by_kernel(gpu, 32, (64, 8), torch.float32)
+    assert "bfloat16 on cuda, not float64" in refused_by_kernel(gpu, 32, (64, 64), torch.float64)
+    assert "not 512 channels of 4 bytes" in refused_by_kernel(gpu, 32, (512, 512), torch.float32)
+    assert refused_by_kernel(gpu, 32, (512, 512), torch.float16) is None
+    assert refused_by_kernel(gpu, 32, (64, 16), torch.float32) is None
+    assert refused_by_kernel(cpu, 3, (8, 8), torch.float64) is None
 
 
-def operands(block, rows, heads, kv_heads, dtype, causal, device):
+def operands(block, rows, heads, kv_heads, dtype, causal, device, width):
     torch.manual_seed(0)
     length = rows * block
-    query = torch.randn(2, heads, length, 64, dtype=dtype, device=device)
-    key, value = torch.randn(2, 2, kv_heads, length, 64, dtype=dtype, device=device)
+    query = torch.randn(2, heads, length, width, dtype=dtype, device=device)
+    key, value = torch.randn(2, 2, kv_heads, length, width, dtype=dtype, device=device)
     blocks = torch.rand(heads, rows, rows, device=device) < 0.4
     blocks |= torch.eye(rows, dtype=torch.bool, device=device)
     positions = torch.arange(length, device=device) if causal else None
@@ -50,8 +67,8 @@ def operands(block, rows, heads, kv_heads, dtype, causal, device):
     return query, key, value, blocks, positions
 
 
-def check(block, rows, dtype, kv_heads, causal, device, run=flex_attention_over_blocks):
-    query, key, value, blocks, positions = operands(block, rows, 4, kv_heads, dtype, causal, device)
+def check(block, rows, dtype, kv_heads, causal, device, run=flex_attention_over_blocks, width=64):
+    query, key, value, blocks, positions = operands(block, rows, 4, kv_heads, dtype, causal, device, width)
     grouped, pairs = kv_heads < 4, int(blocks.sum()) * block**2
     length = rows * block
     visible = visible_of(blocks, block, length, length, positions)
@@ -85,6 +102,14 @@ def test_without_a_compiler_it_is_the_mask(causal):
 @pytest.mark.parametrize(("block", "rows"), [(16, 8), (24, 6), (32, 8), (64, 5), (96, 4), (128, 4), (256, 3)])
 def test_flex_attention_on_a_gpu_is_the_mask(block, rows, dtype, kv_heads, causal):
     check(block, rows, dtype, kv_heads, causal, "cuda")
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [8, 32, 80, 96, 128, 192, 256, 512])
+@pytest.mark.parametrize("block", [64, 128])
+def test_heads_of_any_width_on_a_gpu(block, width, dtype):
+    check(block, 3, dtype, 4, True, "cuda", width=width)
 
 
 @gpu

@@ -18,8 +18,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Counts = tuple[tuple[int, ...], ...]
 
-# The sides of tiles that FlexAttention's kernels on accelerators take.
+# Of FlexAttention's kernels on accelerators: the sides of tiles, the widths of heads that torch has tuned them for, the
+# numbers that they take, and the bytes of shared memory that GPUs of compute capability 8.0 and later have at least.
 _TILE, _LARGEST_TILE = 16, 128
+_TUNED_WIDTHS = (64, 128, 256)
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16)
+_SHARED_MEMORY = 96 * 1024
 # By the tensor of blocks: its version, and what FlexAttention takes.
 _block_masks: Any = WeakIdKeyDictionary()
 
@@ -165,7 +169,8 @@ def flex_attention_over_blocks(
     """
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     whole = query.dim() == 4 and query.shape[-2] == blocks.shape[-2] * block
-    if training or dropout_p or mask is not None or not whole or not _taken(query, value, block):
+    refused = refused_by_kernel(query.device, block, (query.shape[-1], value.shape[-1]), query.dtype)
+    if training or dropout_p or mask is not None or not whole or refused:
         return _masked(query, key, value, mask, dropout_p, scale, enable_gqa, blocks, block, positions)
     block_mask = _block_mask(blocks, block, key.shape[-2], positions)
     run = _flex if torch.compiler.is_compiling() else _compiled_flex()
@@ -191,28 +196,41 @@ def _masked(
     return F.scaled_dot_product_attention(query, key, value, visible, dropout_p, scale=scale, enable_gqa=enable_gqa)
 
 
-def flex_tiles(block: int) -> dict[str, Any] | None:
-    """The sides of FlexAttention's tiles on an accelerator, for blocks that are made of whole ones.
+def flex_tiles(block: int, widths: Sequence[int], itemsize: int) -> dict[str, Any] | None:
+    """The sides of FlexAttention's tiles on an accelerator: blocks are made of whole ones, which fit in shared memory.
 
     Left to itself the kernel takes tiles of up to 128 queries and keys, by the device and the type of numbers, and
     refuses blocks that these do not divide.
 
+    Arguments:
+        block: the side of a block.
+        widths: of heads of queries, and of values.
+        itemsize: the bytes of a number.
+
     Returns:
         Options of the kernel. None where every side that it may take by itself is right.
 
-    >>> flex_tiles(256), flex_tiles(96)
+    >>> flex_tiles(256, (64, 64), 4), flex_tiles(96, (64, 64), 4)
     (None, {'BLOCK_M': 32, 'BLOCK_N': 32, 'FORCE_USE_FLEX_ATTENTION': True})
     """
-    if block % _LARGEST_TILE == 0:
+    if block % _LARGEST_TILE == 0 and widths[0] == widths[1] and widths[0] in _TUNED_WIDTHS:
         return None
     side = min(block & -block, _LARGEST_TILE // 2)
+    while side > _TILE and _tile_bytes(side, widths, itemsize) > _SHARED_MEMORY:
+        side //= 2
     return {"BLOCK_M": side, "BLOCK_N": side, "FORCE_USE_FLEX_ATTENTION": True}
 
 
-def refused_by_kernel(device: torch.device, block: int, widths: Sequence[int]) -> str | None:
-    """Why FlexAttention's kernel on a device does not take blocks of a side, or heads of some widths; None if it does.
+def _tile_bytes(side: int, widths: Sequence[int], itemsize: int) -> int:
+    """What a tile of queries, two each of keys and values, and one of scores take, heads being powers of two wide."""
+    query, value = (1 << (width - 1).bit_length() for width in widths)
+    return itemsize * side * (3 * query + 2 * value + side)
 
-    >>> refused_by_kernel(torch.device("cuda"), 24, (64, 64))
+
+def refused_by_kernel(device: torch.device, block: int, widths: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why FlexAttention's kernel on a device does not take some operands; None if it does.
+
+    >>> refused_by_kernel(torch.device("cuda"), 24, (64, 64), torch.float32)
     'takes blocks whose side is a multiple of 16 on cuda, not of 24'
     """
     if device.type in ("cpu", "meta"):
@@ -221,15 +239,12 @@ def refused_by_kernel(device: torch.device, block: int, widths: Sequence[int]) -
         return f"takes blocks whose side is a multiple of {_TILE} on {device.type}, not of {block}"
     if min(widths) < _TILE:
         return f"takes heads of at least {_TILE} channels on {device.type}, not of {min(widths)}"
+    if dtype not in _NUMBERS:
+        known, found = ", ".join(str(kind).removeprefix("torch.") for kind in _NUMBERS), str(dtype)
+        return f"takes {known} on {device.type}, not {found.removeprefix('torch.')}"
+    if _tile_bytes(_TILE, widths, dtype.itemsize) > _SHARED_MEMORY:
+        return f"takes narrower heads on {device.type}, not {max(widths)} channels of {dtype.itemsize} bytes"
     return None
-
-
-def _taken(query: Tensor, value: Tensor, block: int) -> bool:
-    """Whether FlexAttention's kernel takes these operands."""
-    if query.device.type == "cpu":
-        return True
-    known = query.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and refused_by_kernel(query.device, block, (query.shape[-1], value.shape[-1])) is None
 
 
 def visible_of(blocks: Tensor, block: int, queries: int, keys: int, positions: Tensor | None) -> Tensor:
@@ -259,7 +274,9 @@ def _flex(
         return _masked(query, key, value, None, 0.0, scale, enable_gqa, blocks, block, positions)
     from torch.nn.attention.flex_attention import flex_attention
 
-    options: Any = None if query.device.type == "cpu" else flex_tiles(block)
+    options: Any = None
+    if query.device.type != "cpu":
+        options = flex_tiles(block, (query.shape[-1], value.shape[-1]), query.dtype.itemsize)
     return flex_attention(query, key, value, None, block_mask, scale, enable_gqa, kernel_options=options)
 
 
