@@ -116,6 +116,26 @@ class LowRank(Attention):
         return self.split(self.q(x)), self.split(self.k(x) + self.up(self.down(x))), self.split(self.v(x))
 
 
+class Normalised(Attention):
+    """Queries and keys of length one."""
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().operands(x)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+
+
+class Pointwise(Attention):
+    """Projections that are convolutions over one position, channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv1d(DIM, DIM, 1) for _ in range(3))
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (projection(x.transpose(1, 2)).transpose(1, 2) for projection in (self.q, self.k, self.v))
+        return self.split(q), self.split(k), self.split(v)
+
+
 class Biased(Attention):
     """A learned bias for every head, query and key, added to the scores of a fused attention."""
 
@@ -181,8 +201,8 @@ class Layers(nn.Module):
 
 
 KINDS = (
-    Attention, Causal, FusedProjection, PerHeadProjection, Rotary, Grouped, LowRank, Biased, Unfused, BatchedHeads,
-    Windowed,
+    Attention, Causal, FusedProjection, PerHeadProjection, Rotary, Grouped, LowRank, Normalised, Pointwise, Biased,
+    Unfused, BatchedHeads, Windowed,
 )  # fmt: skip
 
 
