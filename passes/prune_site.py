@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxreuse.finding.axes import product, sizes
+from fxreuse.finding.axes import Size, product, sizes
 from fxreuse.finding.contexts import find_contexts
 from fxreuse.finding.flow import Flow
 from fxreuse.finding.follow import arguments, packet
@@ -115,15 +115,15 @@ class SitePruner:
         lengths = [node for node in _slices(logarithm) if _is_last(node)]
         if not lengths:
             return index
-        symbol = lengths[-1].meta["val"].shape[-1].node.expr
+        wanted = lengths[-1].meta["val"].shape[-1].node.expr
         for node in self._program.graph.find_nodes(op="placeholder"):
             for dim, size in enumerate(sizes(node)):
-                if size == symbol:
+                if _is_length(wanted, size, self._prior.admissible.shape[-1]):
                     with self._program.graph.inserting_before(first):
                         length = call(self._program.graph, _aten.sym_size.int, (node, dim), {}, like=first)
                         last = call(self._program.graph, operator.sub, (length, 1), {}, like=first)
                         return call(self._program.graph, _aten.clamp.default, (index, None, last), {}, like=first)
-        raise AssertionError(f"no input has the length {symbol}")
+        raise AssertionError(f"no input has the length {wanted}")
 
     def _buffer(self, name: str, value: torch.Tensor) -> str:
         path = free_path(self._program.module, self._prior.parameter.rpartition(".")[0], name)
@@ -264,6 +264,15 @@ class SitePruner:
 
     def _batch(self, node: fx.Node, last: int) -> sympy.Expr:
         return sympy.sympify(product(sizes(node)[:-last])) / self._prior.heads
+
+
+def _is_length(wanted: sympy.Expr, size: Size, longest: int) -> bool:
+    """Whether a length is the size of an input, up to the longest that there is: ``T**2 // T`` is ``T``."""
+    if wanted == size:
+        return True
+    if not isinstance(size, sympy.Symbol) or wanted.free_symbols != {size}:
+        return False
+    return all(wanted.xreplace({size: sympy.Integer(n)}) == n for n in range(1, longest + 1))
 
 
 def _slices(logarithm: fx.Node) -> list[fx.Node]:

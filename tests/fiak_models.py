@@ -171,6 +171,23 @@ class BatchedHeads(Attention):
         return torch.bmm(torch.softmax(scores, -1), v).unflatten(0, (-1, HEADS))
 
 
+class LengthsLeftOut(Attention):
+    """Heads in the batch and back, in views that leave a length to be found; causal."""
+
+    causal = True
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, width = q.shape
+        q, k, v = (y.reshape(batch * heads, -1, width) for y in (q, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, length, -1) / math.sqrt(width)
+        if self.extra is not None:
+            scores = scores + self.extra[..., :length, :length]
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores = scores + torch.zeros(length, length, dtype=q.dtype).masked_fill(hidden, -math.inf)
+        probs = torch.softmax(scores, -1).view(batch * heads, length, -1)
+        return torch.bmm(probs, v).view(batch, heads, length, width)
+
+
 class Windowed(Attention):
     """Every query sees the three keys before it, and itself."""
 
@@ -202,7 +219,7 @@ class Layers(nn.Module):
 
 KINDS = (
     Attention, Causal, FusedProjection, PerHeadProjection, Rotary, Grouped, LowRank, Normalised, Pointwise, Biased,
-    Unfused, BatchedHeads, Windowed,
+    Unfused, BatchedHeads, LengthsLeftOut, Windowed,
 )  # fmt: skip
 
 
