@@ -400,6 +400,16 @@ def test_a_schedule_prunes_further_at_every_step_and_what_is_cut_stays_cut():
     assert all(site.keys_kept == 9 for site in fxreuse.describe(current).pruned)
 
 
+@pytest.mark.parametrize("options", ["", " per_head=yes", " prior=mixture", " prior=mixture per_head=yes"])
+def test_what_a_step_cut_stays_cut_where_the_next_one_cuts_less(options):
+    _, x, weighed = captured(Causal, f"fiak{options}")
+    scores = 0.0 if "mixture" in options else 0.5
+    masked = fxreuse.prune(with_random_priors(weighed), scores=scores, keys=0.25, final=False)
+    for prior in priors_of(masked):
+        prior.data.fill_(1.0)
+    assert_same(fxreuse.prune(masked, scores=0, keys=0)(x), masked(x), EXACT)
+
+
 def test_a_pruned_model_compiles_as_one_graph():
     _, x, weighed = captured(FusedProjection)
     for options in ({"scores": 0.4, "keys": 0.25}, {"keys": 0.25}):
