@@ -47,7 +47,7 @@ built = functools.cache(build)
 @functools.cache
 def program(kind: type[Attention], layers: int, fixed: bool = False):
     """A model's program, with its lengths free or fixed."""
-    return load_program(*built(kind, layers), fixed_lengths=fixed)
+    return load_program(*built(kind, layers), only_free=frozenset({("x", 0)}) if fixed else None)
 
 
 @functools.cache
@@ -252,6 +252,27 @@ def test_other_models_have_their_length_fixed_and_say_so():
     for length in (LENGTH - 1, LENGTH + 1):
         with pytest.raises(fxreuse.InputError, match="dimension 1 must be 12"):
             weighed(torch.randn(3, length, DIM).double())
+
+
+def test_tokens_may_stand_before_the_batch():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, dropout=0.0, batch_first=False)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    first = copy.deepcopy(model).eval()
+    for module in first.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.batch_first = True
+    x = torch.randn(LENGTH, 3, DIM).double()
+    weighed = with_random_priors(fxreuse.apply(model.eval(), "fiak", x))
+    expected = with_random_priors(fxreuse.apply(first, "fiak", x.transpose(0, 1)))
+    assert [prior.shape for prior in priors_of(weighed)] == [(LENGTH, LENGTH)] * 2
+    for batch in (3, 4):
+        x = torch.randn(LENGTH, batch, DIM).double()
+        assert_same(weighed(x), expected(x.transpose(0, 1)).transpose(0, 1), EXACT)
+        pruned, wanted = (fxreuse.prune(one, scores=0.4, keys=0.25) for one in (weighed, expected))
+        assert_same(pruned(x), wanted(x.transpose(0, 1)).transpose(0, 1), EXACT)
+    with pytest.raises(fxreuse.InputError, match="dimension 0 must be 12"):
+        weighed(torch.randn(LENGTH + 1, 3, DIM).double())
 
 
 def test_the_gradient_of_priors_is_that_of_finite_differences():
