@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -112,8 +112,9 @@ class Gatherer:
         if contraction(node) is not None:
             return self._product(node, axis, behind)
         if op in SAME_VALUE:
-            operand = node.all_input_nodes[0]
-            return self._again(node, {operand: self.gather(operand, axis, behind)})
+            operand, *typed = node.all_input_nodes
+            replaced = {operand: self.gather(operand, axis, behind)}
+            return self._again(node, {**replaced, **self._some_elements(typed)})
         if is_elementwise(node):
             return self._elementwise(node, axis, behind)
         if op in _NORMS:
@@ -157,6 +158,10 @@ class Gatherer:
             if isinstance(operand.meta["val"], torch.Tensor):
                 replaced |= self._aligned(node, operand, axis, behind)
         return self._again(node, replaced)
+
+    def _some_elements(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Nodes of which the type is all that matters, in any form without the other elements that there is."""
+        return {node: made for (node, _), made in self._made.items() if node in nodes}
 
     def _norm(self, node: fx.Node, axis: int, behind: bool) -> fx.Node | None:
         named = arguments(node)

@@ -188,6 +188,25 @@ class LengthsLeftOut(Attention):
         return torch.bmm(probs, v).view(batch, heads, length, width)
 
 
+class Typed(Attention):
+    """Norms and a softmax in a type of their own, and back to that of the keys and of the scores; causal."""
+
+    causal = True
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().operands(x)
+        wide = k.double()
+        return q, (wide * wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).type_as(k), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if self.extra is not None:
+            scores = scores + self.extra[..., : q.shape[-2], : k.shape[-2]]
+        hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+        return torch.softmax(scores, -1, dtype=torch.float64).type_as(scores) @ v
+
+
 class Windowed(Attention):
     """Every query sees the three keys before it, and itself."""
 
@@ -219,7 +238,7 @@ class Layers(nn.Module):
 
 KINDS = (
     Attention, Causal, FusedProjection, PerHeadProjection, Rotary, Grouped, LowRank, Normalised, Pointwise, Biased,
-    Unfused, BatchedHeads, LengthsLeftOut, Windowed,
+    Unfused, BatchedHeads, LengthsLeftOut, Typed, Windowed,
 )  # fmt: skip
 
 

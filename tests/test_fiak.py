@@ -32,6 +32,7 @@ from .fiak_models import (
     LengthsLeftOut,
     LowRank,
     Rotary,
+    Typed,
     Unfused,
     Windowed,
     build,
@@ -369,10 +370,10 @@ def saved(model: nn.Module) -> nn.Module:
         return torch.load(stream, weights_only=False)
 
 
-@pytest.mark.parametrize("kind", [FusedProjection, Causal])
+@pytest.mark.parametrize("kind", [FusedProjection, Unfused, Typed, Windowed, LengthsLeftOut])
 def test_pruning_after_copies_pickles_training_and_conversion(kind):
     _, x, weighed = captured(kind)
-    weighed = with_random_priors(weighed).train()
+    weighed = with_random_priors(weighed).train(kind is not Unfused)  # which has dropout
     optimizer = torch.optim.Adam(weighed.parameters(), 0.01)
     torch.manual_seed(0)
     weighed(x).square().sum().backward()
