@@ -43,7 +43,8 @@ def prune(
             are those of the plan.
         keys: the fraction of the keys to cut.
         final: whether this is the last step. Otherwise what is cut gets no weight and no gradient, and the other priors
-            stay, to be trained on and pruned further; see `prune_schedule`.
+            stay, to be trained on and pruned further; see `prune_schedule`. What an earlier step cut stays cut, unless
+            its query has no other key left, or a block that is left has it.
         lowering: how cut scores are left out, in place of what the plan says: ``"auto"``, ``"mask"``, ``"flex"`` or
             ``"gather"``.
 
@@ -161,17 +162,20 @@ def _select(program: Program, prior: SitePrior, scores: float | None, keys: floa
     magnitude = torch.ones(parameter.shape) if parameter.is_meta else parameter.abs().cpu()
     if not plan.per_head:
         magnitude = magnitude.unsqueeze(0)
+    before = None
     if prior.kept is not None:
         kept = get_attribute(program.module, prior.kept)
-        magnitude = magnitude if kept.is_meta else _below(magnitude, kept.cpu())
-    options = {"scores": scores, "keys": keys, "block": plan.block, "causal": prior.causal, "where": prior.site}
-    return select(magnitude, prior.admissible, **options)  # type: ignore[arg-type]
-
-
-def _below(magnitude: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Magnitudes of which those that were cut before are below all others, so that they are cut again."""
-    kept = kept.any(-2) if magnitude.dim() == 2 else kept
-    return torch.where(kept, magnitude, -1.0)
+        before = None if kept.is_meta else kept.cpu().reshape(-1, *kept.shape[-2:])
+    return select(
+        magnitude,
+        prior.admissible,
+        scores=scores,
+        keys=keys,
+        block=plan.block,
+        causal=prior.causal,
+        before=before,
+        where=prior.site,
+    )
 
 
 def _plain(record: Record) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -12,11 +12,9 @@ from torch import fx
 
 from fxreuse.finding.axes import product as size_of
 from fxreuse.finding.axes import sizes, start
-from fxreuse.finding.contractions import contraction
+from fxreuse.finding.contractions import contraction, is_convolution
 from fxreuse.finding.flow import Flow
 from fxreuse.finding.follow import (
-    EXPANDING,
-    REGROUPING,
     SAME_VALUE,
     SPLITTING,
     VIEWS,
@@ -36,8 +34,9 @@ _REDUCTIONS = frozenset({_aten.mean, _aten.sum, _aten.amax, _aten.amin, _aten.va
 _SIZED = frozenset(
     {_aten.reshape, _aten.view, _aten._unsafe_view, _aten._reshape_copy, _aten.expand, _aten.broadcast_to}
 )
+# Views that take their sizes from another tensor.
 _LIKE = frozenset({_aten.view_as, _aten.reshape_as, _aten.expand_as})
-_MOVES = (VIEWS | SPLITTING | {_aten.unbind, _aten.cat, _aten.stack, _aten.repeat_interleave, operator.getitem}) - _LIKE
+_MOVES = VIEWS | SPLITTING | {_aten.unbind, _aten.cat, _aten.stack, _aten.repeat_interleave, operator.getitem}
 
 
 class Gatherer:
@@ -113,8 +112,9 @@ class Gatherer:
         if contraction(node) is not None:
             return self._product(node, axis, behind)
         if op in SAME_VALUE:
-            operand = node.all_input_nodes[0]
-            return self._again(node, {operand: self.gather(operand, axis, behind)})
+            operand, *typed = node.all_input_nodes
+            replaced = {operand: self.gather(operand, axis, behind)}
+            return self._again(node, {**replaced, **self._some_elements(typed)})
         if is_elementwise(node):
             return self._elementwise(node, axis, behind)
         if op in _NORMS:
@@ -123,7 +123,7 @@ class Gatherer:
             return self._reduced(node, axis, behind)
         if op is _aten.embedding:
             return self._embedded(node, axis, behind)
-        return self._moved(node, axis, behind) if op in _MOVES | REGROUPING | EXPANDING else None
+        return self._moved(node, axis, behind) if op in _MOVES else None
 
     def _product(self, node: fx.Node, axis: int, behind: bool) -> fx.Node | None:
         product = contraction(node)
@@ -137,7 +137,7 @@ class Gatherer:
             if label in labels and sizes(operand)[labels.index(label)] != 1:
                 projected = other in self._flow.parameters and other not in self._flow.inputs
                 replaced[operand] = self.gather(operand, labels.index(label), behind or projected)
-        if product.addend is not None:
+        if product.addend is not None and not is_convolution(node):  # whose bias is over channels alone
             replaced |= self._aligned(node, product.addend, axis, behind)
         made = self._again(node, replaced)
         labels, _, _ = product.side(product.left)
@@ -158,6 +158,10 @@ class Gatherer:
             if isinstance(operand.meta["val"], torch.Tensor):
                 replaced |= self._aligned(node, operand, axis, behind)
         return self._again(node, replaced)
+
+    def _some_elements(self, nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+        """Nodes of which the type is all that matters, in any form without the other elements that there is."""
+        return {node: made for (node, _), made in self._made.items() if node in nodes}
 
     def _norm(self, node: fx.Node, axis: int, behind: bool) -> fx.Node | None:
         named = arguments(node)
@@ -198,7 +202,12 @@ class Gatherer:
         dim = self._source(node, operand, axis)
         if dim is None:
             return None
-        return self._again(node, {operand: self.gather(operand, dim, behind)}, self._resized(node, axis))
+        replaced = {operand: self.gather(operand, dim, behind)}
+        if packet(node) in _LIKE:
+            other = node.args[1]
+            assert isinstance(other, fx.Node)
+            replaced[other] = self.gather(other, axis, behind)
+        return self._again(node, replaced, self._resized(node, axis))
 
     def _source(self, node: fx.Node, operand: fx.Node, axis: int) -> int | None:
         """The axis of a view's operand that an axis of it is."""

@@ -25,7 +25,7 @@ from fxreuse.tree import free_path
 
 from .arrange import Arranger, Insert, Term, UnclearAxes
 from .fused import OPERATOR, Fused
-from .new_tensors import free_sizes, leading, put_tensor, read_tensor
+from .new_tensors import free_sizes, input_of_length, leading, put_tensor, read_tensor
 from .pinned import is_pinned
 from .score_axes import ScoreAxes, score_axes, softmax_at
 
@@ -123,9 +123,7 @@ class _Inserter:
         put_tensor(self._program, path, torch.nn.Parameter(prior))
         return path
 
-    def _logarithm(
-        self, insert: Insert, before: fx.Node, axes: ScoreAxes, path: str, queries: int, scores: fx.Node
-    ) -> fx.Node:
+    def _logarithm(self, insert: Insert, before: fx.Node, axes: ScoreAxes, path: str, queries: int) -> fx.Node:
         """What is added to the scores, in their layout."""
         count = queries if self._plan.prior == "mixture" else None
         value = insert(log_prior, read_tensor(self._program, path, before), None, count)
@@ -133,24 +131,15 @@ class _Inserter:
         places += [axes.of("queries"), axes.of("keys")]
         for dim, parts in enumerate(places, start=-len(places)):
             if math.prod(part.size for part in parts) != value.meta["val"].shape[dim]:
-                value = leading(insert, value, dim, self._size(insert, scores, axes, parts))
+                length = input_of_length(self._program, math.prod(part.size for part in parts), queries)
+                value = leading(insert, value, dim, insert(_aten.sym_size.int, *length))
         arranger = Arranger([axes.layout])
         return arranger.arrange(insert, Term(value, _without_ones(places)), _without_ones(axes.layout))
-
-    def _size(self, insert: Insert, node: fx.Node, axes: ScoreAxes, parts: tuple[Part, ...]) -> fx.Node:
-        """The number of queries or keys of a call, where it is free."""
-        if len(parts) != 1:
-            raise UnclearAxes("a free length is spread over several dimensions")
-        if node.target is OPERATOR:
-            fused = Fused.of(node)
-            return insert(_aten.sym_size.int, fused.key if parts == axes.of("keys") else fused.query, -2)
-        dim = next(dim for dim, each in enumerate(axes.layout) if each == parts)
-        return insert(_aten.sym_size.int, node, dim)
 
     def _add_to_scores(self, scores: fx.Node, axes: ScoreAxes, path: str, queries: int) -> None:
         readers = [node for node in self._program.graph.nodes if node in scores.users and node.op != "output"]
         with inserting_before(readers[0]) as insert:
-            added = self._logarithm(insert, readers[0], axes, path, queries, scores)
+            added = self._logarithm(insert, readers[0], axes, path, queries)
             if added.meta["val"].dtype != scores.meta["val"].dtype or is_pinned(scores):
                 added = insert(_aten.type_as.default, added, scores)
             made = insert(_aten.add.Tensor, scores, added)
@@ -160,7 +149,7 @@ class _Inserter:
     def _add_to_fused(self, node: fx.Node, axes: ScoreAxes, path: str, queries: int) -> None:
         fused = Fused.of(node)
         with inserting_before(node) as insert:
-            added = self._logarithm(insert, node, axes, path, queries, node)
+            added = self._logarithm(insert, node, axes, path, queries)
             added = insert(_aten.type_as.default, added, fused.query)
             mask = _joined(insert, fused, added)
             made = insert(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxreuse.finding.axes import Size, sizes
 from fxreuse.program import Program, get_attribute
 
 from .arrange import Insert
@@ -23,6 +25,25 @@ def leading(insert: Insert, node: fx.Node, dim: int, length: fx.Node) -> fx.Node
     """The leading part of a tensor along a dimension that is at least as long; under `free_sizes`."""
     torch._check(length.meta["val"] <= node.meta["val"].shape[dim])  # what is inferred of a slice depends on it
     return insert(torch.ops.aten.slice.Tensor, node, dim, 0, length)
+
+
+def input_of_length(program: Program, wanted: Size, longest: int) -> tuple[fx.Node, int]:
+    """The input and its dimension whose size is a free length, at every length up to the longest that there is.
+
+    To ask an input for it keeps nothing alive, as to ask what the length was read off would. The length may be written
+    in another way, as ``T**2 // T``.
+    """
+    for node in program.graph.find_nodes(op="placeholder"):
+        for dim, size in enumerate(sizes(node)):
+            if wanted == size or _is_equal(wanted, size, longest):
+                return node, dim
+    raise AssertionError(f"no input has the length {wanted}")  # it would not have stayed free
+
+
+def _is_equal(wanted: Size, size: Size, longest: int) -> bool:
+    if not isinstance(size, sympy.Symbol) or sympy.sympify(wanted).free_symbols != {size}:
+        return False
+    return all(sympy.sympify(wanted).xreplace({size: sympy.Integer(n)}) == n for n in range(1, longest + 1))
 
 
 def put_tensor(program: Program, path: str, tensor: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from fxreuse.finding.contexts import find_contexts
 from fxreuse.finding.flow import Flow
 from fxreuse.finding.follow import arguments, packet
 from fxreuse.finding.softmaxes import SOFTMAX
-from fxreuse.layouts.projections import take_place
+from fxreuse.layouts.projections import take_place, value_readers
 from fxreuse.map_workspace import attention_map
 from fxreuse.nodes import call, inserting_before, is_call, remove_dead
 from fxreuse.priors.pruning import SitePruning
@@ -26,7 +26,7 @@ from .fill_keys import filling
 from .fused import OPERATOR, Fused
 from .gather_keys import Gatherer
 from .insert_priors import SitePrior, logarithm_of
-from .new_tensors import leading, put_tensor, read_tensor
+from .new_tensors import input_of_length, leading, put_tensor, read_tensor
 from .pruning_record import Work, cut_like, pruning_record
 from .skip_blocks import Skipping, choose_skipping
 from .split_projections import split_projections
@@ -49,7 +49,8 @@ class SitePruner:
         self._program, self._prior, self._kept = program, prior, kept
         self._left = kept.scores[..., kept.keys]
         self._cuts_keys = not bool(kept.keys.all())
-        self._device = get_attribute(program.module, prior.parameter).device
+        parameter = get_attribute(program.module, prior.parameter)
+        self._device, self._dtype = parameter.device, parameter.dtype
         self._buffers: list[str] = []
         self._flow = Flow(program)
         self._gatherer: Gatherer | None = None
@@ -115,15 +116,12 @@ class SitePruner:
         lengths = [node for node in _slices(logarithm) if _is_last(node)]
         if not lengths:
             return index
-        symbol = lengths[-1].meta["val"].shape[-1].node.expr
-        for node in self._program.graph.find_nodes(op="placeholder"):
-            for dim, size in enumerate(sizes(node)):
-                if size == symbol:
-                    with self._program.graph.inserting_before(first):
-                        length = call(self._program.graph, _aten.sym_size.int, (node, dim), {}, like=first)
-                        last = call(self._program.graph, operator.sub, (length, 1), {}, like=first)
-                        return call(self._program.graph, _aten.clamp.default, (index, None, last), {}, like=first)
-        raise AssertionError(f"no input has the length {symbol}")
+        wanted = lengths[-1].meta["val"].shape[-1].node.expr
+        place = input_of_length(self._program, wanted, self._prior.admissible.shape[-1])
+        with self._program.graph.inserting_before(first):
+            length = call(self._program.graph, _aten.sym_size.int, place, {}, like=first)
+            last = call(self._program.graph, operator.sub, (length, 1), {}, like=first)
+            return call(self._program.graph, _aten.clamp.default, (index, None, last), {}, like=first)
 
     def _buffer(self, name: str, value: torch.Tensor) -> str:
         path = free_path(self._program.module, self._prior.parameter.rpartition(".")[0], name)
@@ -134,12 +132,14 @@ class SitePruner:
     def _leading(self, logarithm: fx.Node) -> tuple[fx.Node, fx.Node]:
         """What the prior adds at the length of a call, and what is added where it cuts."""
         name = "cut_scores" if self._gatherer is None else "cut_scores_of_all_keys"
-        whole = self._buffer(name, cut_like(self._kept.scores, logarithm))
+        whole = self._buffer(name, cut_like(self._kept.scores, logarithm, self._dtype))
         cut = read_tensor(self._program, whole, logarithm)
         columns = None
         if self._gatherer is not None:
             left = torch.nn.functional.pad(self._left, (0, self._filling))
-            columns = read_tensor(self._program, self._buffer("cut_scores", cut_like(left, logarithm)), logarithm)
+            columns = read_tensor(
+                self._program, self._buffer("cut_scores", cut_like(left, logarithm, self._dtype)), logarithm
+            )
         for node in _slices(logarithm):
             dim, length = node.args[1], node.args[3]
             assert isinstance(dim, int)
@@ -236,13 +236,15 @@ class SitePruner:
         dim = _softmax_dim(reader)
         if not self._work:
             self._count(reader, self._prior.width)
-        if self._gatherer is None or dim is None:
+        gathered = masked if self._gatherer is None or dim is None else self._gatherer.gather(masked, dim)
+        for user in set(operand.users).difference(value_readers(operand)):
+            if gathered < user:
+                user.replace_input_with(operand, gathered)
+        if gathered is masked:
             return
+        assert dim is not None
         with inserting_before(reader.next) as insert:
-            args, kwargs = fx.node.map_arg(
-                (reader.args, reader.kwargs),
-                lambda a: self._gatherer.gather(masked, dim) if a is masked else a,  # type: ignore[union-attr]
-            )
+            args, kwargs = fx.node.map_arg((reader.args, reader.kwargs), lambda a: gathered if a is masked else a)
             made = insert(reader.target, *args, **kwargs)
         self._contexts(reader, made, dim)
 

@@ -33,10 +33,10 @@ def scores_like(scores: torch.Tensor, like: fx.Node) -> torch.Tensor:
     return (scores[0] if value.dim() == 2 else scores.expand(len(value), *scores.shape[1:])).clone()
 
 
-def cut_like(scores: torch.Tensor, like: fx.Node) -> torch.Tensor:
+def cut_like(scores: torch.Tensor, like: fx.Node, dtype: torch.dtype) -> torch.Tensor:
     """What is added where scores are cut, for a prior: 0 to those that are kept, minus infinity to others."""
     kept = scores_like(scores, like)
-    return torch.zeros(kept.shape, dtype=like.meta["val"].dtype).masked_fill_(~kept, -torch.inf)
+    return torch.zeros(kept.shape, dtype=dtype).masked_fill_(~kept, -torch.inf)
 
 
 def pruning_record(prior: SitePrior, kept: Kept, work: Work, skipping: Skipping | None) -> SitePruning:

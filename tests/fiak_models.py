@@ -116,6 +116,26 @@ class LowRank(Attention):
         return self.split(self.q(x)), self.split(self.k(x) + self.up(self.down(x))), self.split(self.v(x))
 
 
+class Normalised(Attention):
+    """Queries and keys of length one."""
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().operands(x)
+        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v
+
+
+class Pointwise(Attention):
+    """Projections that are convolutions over one position, channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv1d(DIM, DIM, 1) for _ in range(3))
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (projection(x.transpose(1, 2)).transpose(1, 2) for projection in (self.q, self.k, self.v))
+        return self.split(q), self.split(k), self.split(v)
+
+
 class Biased(Attention):
     """A learned bias for every head, query and key, added to the scores of a fused attention."""
 
@@ -151,6 +171,42 @@ class BatchedHeads(Attention):
         return torch.bmm(torch.softmax(scores, -1), v).unflatten(0, (-1, HEADS))
 
 
+class LengthsLeftOut(Attention):
+    """Heads in the batch and back, in views that leave a length to be found; causal."""
+
+    causal = True
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads, length, width = q.shape
+        q, k, v = (y.reshape(batch * heads, -1, width) for y in (q, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, length, -1) / math.sqrt(width)
+        if self.extra is not None:
+            scores = scores + self.extra[..., :length, :length]
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        scores = scores + torch.zeros(length, length, dtype=q.dtype).masked_fill(hidden, -math.inf)
+        probs = torch.softmax(scores, -1).view(batch * heads, length, -1)
+        return torch.bmm(probs, v).view(batch, heads, length, width)
+
+
+class Typed(Attention):
+    """Norms and a softmax in a type of their own, and back to that of the keys and of the scores; causal."""
+
+    causal = True
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().operands(x)
+        wide = k.double()
+        return q, (wide * wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).type_as(k), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        if self.extra is not None:
+            scores = scores + self.extra[..., : q.shape[-2], : k.shape[-2]]
+        hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+        return torch.softmax(scores, -1, dtype=torch.float64).type_as(scores) @ v
+
+
 class Windowed(Attention):
     """Every query sees the three keys before it, and itself."""
 
@@ -181,8 +237,8 @@ class Layers(nn.Module):
 
 
 KINDS = (
-    Attention, Causal, FusedProjection, PerHeadProjection, Rotary, Grouped, LowRank, Biased, Unfused, BatchedHeads,
-    Windowed,
+    Attention, Causal, FusedProjection, PerHeadProjection, Rotary, Grouped, LowRank, Normalised, Pointwise, Biased,
+    Unfused, BatchedHeads, LengthsLeftOut, Typed, Windowed,
 )  # fmt: skip
 
 

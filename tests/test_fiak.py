@@ -29,8 +29,10 @@ from .fiak_models import (
     FusedProjection,
     Grouped,
     Layers,
+    LengthsLeftOut,
     LowRank,
     Rotary,
+    Typed,
     Unfused,
     Windowed,
     build,
@@ -46,7 +48,7 @@ built = functools.cache(build)
 @functools.cache
 def program(kind: type[Attention], layers: int, fixed: bool = False):
     """A model's program, with its lengths free or fixed."""
-    return load_program(*built(kind, layers), fixed_lengths=fixed)
+    return load_program(*built(kind, layers), only_free=frozenset({("x", 0)}) if fixed else None)
 
 
 @functools.cache
@@ -139,7 +141,7 @@ def test_pruned_is_dense_with_minus_infinity(kind, fractions):
         assert site.keys_kept == LENGTH - math.floor(keys * LENGTH)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Windowed])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (LengthsLeftOut, Windowed)])
 def test_keys_are_cut_before_they_are_projected(kind):
     pruned = fxreuse.prune(with_random_priors(captured(kind)[2]), keys=0.25)
     macs = summarise(pruned.program).macs
@@ -253,6 +255,27 @@ def test_other_models_have_their_length_fixed_and_say_so():
             weighed(torch.randn(3, length, DIM).double())
 
 
+def test_tokens_may_stand_before_the_batch():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, dropout=0.0, batch_first=False)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    first = copy.deepcopy(model).eval()
+    for module in first.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.batch_first = True
+    x = torch.randn(LENGTH, 3, DIM).double()
+    weighed = with_random_priors(fxreuse.apply(model.eval(), "fiak", x))
+    expected = with_random_priors(fxreuse.apply(first, "fiak", x.transpose(0, 1)))
+    assert [prior.shape for prior in priors_of(weighed)] == [(LENGTH, LENGTH)] * 2
+    for batch in (3, 4):
+        x = torch.randn(LENGTH, batch, DIM).double()
+        assert_same(weighed(x), expected(x.transpose(0, 1)).transpose(0, 1), EXACT)
+        pruned, wanted = (fxreuse.prune(one, scores=0.4, keys=0.25) for one in (weighed, expected))
+        assert_same(pruned(x), wanted(x.transpose(0, 1)).transpose(0, 1), EXACT)
+    with pytest.raises(fxreuse.InputError, match="dimension 0 must be 12"):
+        weighed(torch.randn(LENGTH + 1, 3, DIM).double())
+
+
 def test_the_gradient_of_priors_is_that_of_finite_differences():
     prior = torch.randn(2, 4, 4).double().requires_grad_()
     scores = torch.randn(3, 2, 4, 4).double()
@@ -347,10 +370,10 @@ def saved(model: nn.Module) -> nn.Module:
         return torch.load(stream, weights_only=False)
 
 
-@pytest.mark.parametrize("kind", [FusedProjection, Causal])
+@pytest.mark.parametrize("kind", [FusedProjection, Unfused, Typed, Windowed, LengthsLeftOut])
 def test_pruning_after_copies_pickles_training_and_conversion(kind):
     _, x, weighed = captured(kind)
-    weighed = with_random_priors(weighed).train()
+    weighed = with_random_priors(weighed).train(kind is not Unfused)  # which has dropout
     optimizer = torch.optim.Adam(weighed.parameters(), 0.01)
     torch.manual_seed(0)
     weighed(x).square().sum().backward()
@@ -397,6 +420,16 @@ def test_a_schedule_prunes_further_at_every_step_and_what_is_cut_stays_cut():
     assert counts[0] > counts[1] > 0
     assert not priors_of(current)
     assert all(site.keys_kept == 9 for site in fxreuse.describe(current).pruned)
+
+
+@pytest.mark.parametrize("options", ["", " per_head=yes", " prior=mixture", " prior=mixture per_head=yes"])
+def test_what_a_step_cut_stays_cut_where_the_next_one_cuts_less(options):
+    _, x, weighed = captured(Causal, f"fiak{options}")
+    scores = 0.0 if "mixture" in options else 0.5
+    masked = fxreuse.prune(with_random_priors(weighed), scores=scores, keys=0.25, final=False)
+    for prior in priors_of(masked):
+        prior.data.fill_(1.0)
+    assert_same(fxreuse.prune(masked, scores=0, keys=0)(x), masked(x), EXACT)
 
 
 def test_a_pruned_model_compiles_as_one_graph():

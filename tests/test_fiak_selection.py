@@ -136,3 +136,58 @@ def test_blocks_are_cut_whole_and_counted(queries, keys, block, causal, scores):
     whole = blocks.repeat_interleave(block, -1).repeat_interleave(block, -2)[..., :queries, :keys]
     assert torch.equal(kept, whole & admissible)
     assert kept.any(-1).all()
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[tuple[torch.Tensor, torch.Tensor, bool], list[tuple[float, float]]]:
+    case = draw(cases())
+    found = []
+    for _ in range(2):
+        keys = draw(st.integers(0, 60)) / 100
+        found.append((max(keys, draw(st.integers(0, 80)) / 100), keys))
+    return case, found
+
+
+@given(steps())
+def test_what_is_cut_stays_cut_but_for_a_querys_only_key(case_and_steps):
+    (magnitude, admissible, causal), ((scores, keys), (more_scores, more_keys)) = case_and_steps
+    try:
+        first = select(magnitude, admissible, scores=scores, keys=keys, causal=causal)
+        trained = magnitude.flip(-1)
+        second = select(trained, admissible, scores=more_scores, keys=more_keys, causal=causal, before=first.scores)
+    except PlanError:
+        return
+    assert int(second.keys.sum()) == len(admissible) - math.floor(Fraction(str(more_keys)) * len(admissible))
+    back = second.scores & ~first.scores
+    alone = second.scores.sum(-1, keepdim=True) == 1
+    assert not (back & ~alone).any()
+    assert (second.scores.any(-1) | ~admissible.any(-1)).all()
+
+
+@given(steps(), st.integers(2, 4))
+def test_blocks_that_are_cut_stay_cut(case_and_steps, block):
+    (magnitude, admissible, causal), ((scores, _), (more_scores, _)) = case_and_steps
+    try:
+        first = select(magnitude, admissible, scores=scores, causal=causal, block=block)
+        second = select(
+            magnitude.flip(-1), admissible, scores=more_scores, causal=causal, block=block, before=first.scores
+        )
+    except PlanError:
+        return
+    assert not (second.scores & ~first.scores).any()
+
+
+def test_what_is_cut_weighs_nothing_in_the_importance_of_a_key():
+    magnitude = torch.tensor([[[9.0, 1.0, 2.0], [9.0, 1.0, 2.0], [1.0, 4.0, 2.0]]])
+    before = torch.tensor([[[True, True, True], [False, True, True], [False, True, True]]])
+    # What is left of the keys weighs 9, 6 and 6.
+    kept = select(magnitude, everywhere(3, 3), keys=0.34, before=before)
+    assert kept.keys.tolist() == [True, True, False]
+    assert kept.scores[0].tolist() == [[True, True, False], [False, True, False], [False, True, False]]
+
+
+def test_a_query_that_loses_its_only_key_gets_the_best_of_the_others_back():
+    magnitude = torch.tensor([[[1.0, 2.0, 3.0], [9.0, 9.0, 1.0], [9.0, 9.0, 1.0]]])
+    before = torch.tensor([[[False, False, True], [True, True, False], [True, True, False]]])
+    kept = select(magnitude, everywhere(3, 3), keys=0.34, before=before)
+    assert kept.scores[0].tolist() == [[False, True, False], [True, True, False], [True, True, False]]

@@ -22,9 +22,10 @@ from ..record import Note
 from . import guards as guarding
 from .capture_errors import capture_error, first_line, line_at_fault
 from .conversions import idle_conversions
-from .example_sizes import free_shapes, shorten, widen_batch
+from .example_sizes import Place, free_shapes, rows_are_free, shorten, widen_batch
 from .exported import arguments_of
 from .inputs import Inputs, bind, normalise
+from .leaves import leaf_name
 from .mode_modules import marked
 from .named_keywords import named_keywords
 from .quiet import quiet_export
@@ -39,7 +40,7 @@ _MANY_LAYERS = 7
 
 
 def capture(
-    model: torch.nn.Module | ExportedProgram, example_inputs: Any = None, fixed_lengths: bool = False
+    model: torch.nn.Module | ExportedProgram, example_inputs: Any = None, only_free: frozenset[Place] | None = None
 ) -> Program:
     """Capture a model as one flat graph with free sizes.
 
@@ -49,7 +50,7 @@ def capture(
     Arguments:
         model: any module, or a program that `torch.export` made.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; inferred where left out.
-        fixed_lengths: leave only the batch free. (The sizes of an exported program are what they are.)
+        only_free: leave none but these sizes free. (The sizes of an exported program are what they are.)
 
     Raises:
         CaptureError: where no way of capturing works; it names the line at fault and what to try.
@@ -61,7 +62,7 @@ def capture(
     with untouched(model), eval_mode(model), caches_off(model):
         facts = probe(model, inputs.args, inputs.kwargs)
         with untouched(model), marked(model) as modules:  # what a forward leaves in a module has free sizes here
-            program, how = _trace(model, inputs, fixed_lengths)
+            program, how = _trace(model, inputs, only_free)
         dtype_notes = mark_dtypes(program, model, inputs)
     program.notes = (*_size_notes(program, how), *dtype_notes, *facts.lost)
     program.mode_modules = modules
@@ -73,7 +74,7 @@ def capture(
     return program
 
 
-def _trace(model: torch.nn.Module, inputs: Inputs, fixed_lengths: bool) -> tuple[Program, str]:
+def _trace(model: torch.nn.Module, inputs: Inputs, only_free: frozenset[Place] | None) -> tuple[Program, str]:
     """The program, and how it was exported.
 
     A model that keeps something of its last call (a table for the length that it saw) ties the graph to that length
@@ -81,12 +82,12 @@ def _trace(model: torch.nn.Module, inputs: Inputs, fixed_lengths: bool) -> tuple
     """
 
     def attempt(given: Inputs) -> tuple[Program, str]:
-        exported, how = export(model, given, fixed_lengths=fixed_lengths)
+        exported, how = export(model, given, only_free=only_free)
         signature = inspect.signature(model.forward)
         return _to_program(exported, bind(model, given), signature, type(model).__name__), how
 
     found = attempt(inputs)
-    if fixed_lengths or not _tied(found[0]):
+    if only_free is not None or not _tied(found[0]):
         return found
     try:
         other = attempt(shorten(inputs))
@@ -110,10 +111,10 @@ def _tied(program: Program) -> bool:
 
 
 def export(
-    model: torch.nn.Module, inputs: Inputs, attempts: int = 3, fixed_lengths: bool = False
+    model: torch.nn.Module, inputs: Inputs, attempts: int = 3, only_free: frozenset[Place] | None = None
 ) -> tuple[ExportedProgram, str]:
     """Non-strict, then strict, then with fixed sizes. Returns the program and how it was made."""
-    widened = widen_batch(inputs)
+    widened = widen_batch(inputs) if rows_are_free(model, inputs, only_free) else inputs
     ways = [
         ("free sizes", widened, False, True),
         ("free sizes, strict", widened, True, True),
@@ -123,7 +124,7 @@ def export(
     for how, given, strict, free in ways[:attempts]:
         try:
             with untouched(model), warnings.catch_warnings(), _tracing(model), named_keywords(model, given.kwargs):
-                shapes = free_shapes(model, given, fixed_lengths) if free else None
+                shapes = free_shapes(model, given, only_free) if free else None
                 warnings.simplefilter("ignore")
                 args, kwargs = _unmarked(given)
                 with contextlib.nullcontext() if strict else compiled_when_run():
@@ -248,7 +249,7 @@ def _arguments(bound: dict[str, Any]) -> tuple[Argument, ...]:
     for name, value in bound.items():
         with_paths, spec = pytree.tree_flatten_with_path(value)
         leaves = tuple(
-            Leaf(name + pytree.keystr(path), leaf.ndim, kind_of(leaf.dtype)) if isinstance(leaf, torch.Tensor) else leaf
+            Leaf(leaf_name(name, path), leaf.ndim, kind_of(leaf.dtype)) if isinstance(leaf, torch.Tensor) else leaf
             for path, leaf in with_paths
         )
         arguments.append(Argument(name, spec, leaves))

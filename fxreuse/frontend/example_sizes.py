@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from .inputs import Inputs, bind
+from .leaves import leaf_name
+
+#: A dimension of a tensor among the inputs, by the name that its leaf has in a program.
+Place = tuple[str, int]
 
 
 def widen_batch(inputs: Inputs) -> Inputs:
@@ -57,19 +62,37 @@ def shorten(inputs: Inputs) -> Inputs:
     return Inputs(*pytree.tree_map(cut, (inputs.args, inputs.kwargs)))
 
 
-def free_shapes(model: torch.nn.Module, inputs: Inputs, fixed_lengths: bool = False) -> Any:
+def rows_are_free(model: torch.nn.Module, inputs: Inputs, only: frozenset[Place] | None = None) -> bool:
+    """Whether the first size of every input may be another one, where only some may."""
+    return only is None or all((name, 0) in only for name, _ in _named_tensors(model, inputs))
+
+
+def _named_tensors(model: torch.nn.Module, inputs: Inputs) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (leaf_name(argument, path), leaf)
+        for argument, value in bind(model, inputs).items()
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]
+        if isinstance(leaf, torch.Tensor)
+    ]
+
+
+def free_shapes(model: torch.nn.Module, inputs: Inputs, only: frozenset[Place] | None = None) -> Any:
     """Which sizes of which inputs are free: all but image axes and single rows, in the form that export takes.
 
-    With ``fixed_lengths`` only the first ones, the batch.
+    With ``only``, none but those are.
     """
     leaves = [leaf for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(leaf, torch.Tensor)]
     lengths = {size for leaf in leaves if leaf.ndim in (1, 2, 3) for size in leaf.shape[1:]}
 
-    def free(leaf: Any) -> Any:
+    def free(argument: str, path: pytree.KeyPath, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return None
         image = leaf.ndim > 3 and leaf.is_floating_point() and leaf.shape[-1] not in lengths
-        dims = range(min(leaf.ndim, 1) if image or fixed_lengths else leaf.ndim)
-        return {dim: Dim.AUTO for dim in dims if leaf.ndim < 4 or leaf.shape[dim] != 1}
+        name, dims = leaf_name(argument, path), range(min(leaf.ndim, 1) if image else leaf.ndim)
+        chosen = [dim for dim in dims if only is None or (name, dim) in only]
+        return {dim: Dim.AUTO for dim in chosen if leaf.ndim < 4 or leaf.shape[dim] != 1}
 
-    return pytree.tree_map(free, bind(model, inputs))
+    return {
+        argument: pytree.tree_map_with_path(functools.partial(free, argument), value)
+        for argument, value in bind(model, inputs).items()
+    }

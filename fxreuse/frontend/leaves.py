@@ -12,6 +12,11 @@ from ..program import CallingConvention, Leaf
 from .inputs import bind, normalise
 
 
+def leaf_name(argument: str, path: pytree.KeyPath) -> str:
+    """The name of a tensor among the inputs: its argument, and where it stands in that."""
+    return argument + pytree.keystr(path)
+
+
 def example_leaves(
     model: torch.nn.Module | ExportedProgram, convention: CallingConvention, example_inputs: Any = None
 ) -> tuple[torch.Tensor, ...] | None:

@@ -23,6 +23,7 @@ from ..plans.plan import Plan
 from ..plans.plan_fiak import Fiak
 from ..plans.stack_choice import choose_stack_of_self_attention
 from ..program import Guard, Program, fixed_size
+from .example_sizes import Place
 from .guards import make_guard
 from .leaves import example_leaves
 from .load import load_program
@@ -50,7 +51,7 @@ def bound_lengths(
             f"{site}: a prior has an entry for every query and key, but the length {sites.in_words(_length(site))} of "
             "this exported program is dynamic, and its attention is not causal; export it with the length fixed"
         )
-    fixed = load_program(model, example_inputs, fixed_lengths=True)
+    fixed = load_program(model, example_inputs, only_free=_batches(program, free))
     return fixed, find(fixed)
 
 
@@ -116,7 +117,7 @@ def _example_shapes(model: torch.nn.Module, example_inputs: Any, program: Progra
     return {leaf.name: tuple(tensor.shape) for leaf, tensor in zip(program.call.leaves, tensors, strict=True)}
 
 
-def _places(program: Program) -> dict[sympy.Symbol, list[tuple[str, int]]]:
+def _places(program: Program) -> dict[sympy.Symbol, list[Place]]:
     """Where each free size of the inputs stands: input and dimension."""
     found: dict[sympy.Symbol, list[tuple[str, int]]] = {}
     for leaf, node in zip(program.call.leaves, program.graph.find_nodes(op="placeholder"), strict=True):
@@ -124,6 +125,21 @@ def _places(program: Program) -> dict[sympy.Symbol, list[tuple[str, int]]]:
             if fixed_size(size) is None and size.node.expr.is_Symbol:
                 found.setdefault(size.node.expr, []).append((leaf.name, dim))
     return found
+
+
+def _batches(program: Program, sites: Sequence[AttentionSite]) -> frozenset[Place]:
+    """What stays free where the lengths of some sites are fixed: their batch, and the first size of every input.
+
+    A length may be the first size itself, as in models that have tokens before the batch.
+    """
+    lengths = {symbol for site in sites for symbol in free_lengths(site)}
+    batch = {symbol for site in sites for symbol in sympy.sympify(site.map_shape[0]).free_symbols}
+    return frozenset(
+        place
+        for symbol, places in _places(program).items()
+        for place in places
+        if symbol not in lengths and (symbol in batch or place[1] == 0)
+    )
 
 
 def _length(site: AttentionSite) -> str:

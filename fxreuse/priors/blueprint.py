@@ -109,7 +109,8 @@ class Blueprint:
         for node in self.graph.nodes:
             if node.op == "call_function":
                 assert callable(node.target)
-                node.meta["val"] = evaluate(node.target, node.args, dict(node.kwargs))
+                with mode:  # in which a range of a free length has that length, too
+                    node.meta["val"] = evaluate(node.target, node.args, dict(node.kwargs))
             elif node.op == "call_module":  # dropout, a norm in its mode, or a probability
                 node.meta["val"] = node.all_input_nodes[0].meta["val"] if node.all_input_nodes else 0.0
 

@@ -38,6 +38,7 @@ def select(
     keys: float = 0.0,
     block: int = 1,
     causal: bool = False,
+    before: Tensor | None = None,
     where: str = "the attention",
 ) -> Kept:
     """Prune a layer by the magnitudes of its priors.
@@ -55,6 +56,9 @@ def select(
             counted in the keys that are left.
         causal: whether S(j) is divided by the number of queries that see key j, N − j + 1 with j from 1, and the first
             key, the only one that the first query sees, is protected.
+        before: which scores an earlier step left, (heads or 1, queries, keys); all where it is left out. The others
+            weigh nothing, are counted as cut, and stay cut. One comes back only where its query has no other key left
+            and, since blocks are counted anew, where it is in a block that is left.
         where: the attention, for messages.
 
     Raises:
@@ -67,20 +71,23 @@ def select(
     """
     check_fractions(scores, keys)
     magnitude = magnitude.double()
-    left = prune_keys(importance(magnitude, admissible, causal), admissible, keys, causal, where)
+    alive = admissible.unsqueeze(0) if before is None else admissible & before
+    weight = importance(magnitude, admissible, causal, alive)
+    weight = weight.masked_fill(~alive.any(0).any(0), -1.0)  # keys that are cut already go first
+    left = prune_keys(weight, admissible, keys, causal, where)
     remaining = admissible[:, left]
     if magnitude.dim() == 2:
-        return Kept(left, _spread(remaining.unsqueeze(0), left))
+        return Kept(left, _spread(alive[..., left], left))
     share = 1 - (1 - fraction(scores)) / (1 - fraction(keys)) if scores else Fraction(0)
     cut = prune_scores if block == 1 else _BlockPruner(block)
-    return Kept(left, _spread(cut(magnitude[..., left], remaining, share, where), left))
+    return Kept(left, _spread(cut(magnitude[..., left], remaining, share, where, alive[..., left]), left))
 
 
-def importance(magnitude: Tensor, admissible: Tensor, causal: bool) -> Tensor:
+def importance(magnitude: Tensor, admissible: Tensor, causal: bool, alive: Tensor | None = None) -> Tensor:
     """How much each key is needed: |π_j| of a mixture, S(j) of an admixture, summed over heads.
 
     S(j) is the sum of |π_ij| over the queries that may see key j, divided by their number where ``causal`` (Algorithm
-    2, step 3).
+    2, step 3). With ``alive``, only the scores that are True there count.
 
     >>> lower = torch.ones(2, 2, dtype=torch.bool).tril()
     >>> importance(torch.tensor([[[1.0, 9.0], [3.0, 5.0]]]), lower, causal=True)
@@ -88,7 +95,7 @@ def importance(magnitude: Tensor, admissible: Tensor, causal: bool) -> Tensor:
     """
     if magnitude.dim() == 2:
         return magnitude.sum(0)
-    summed = (magnitude * admissible).sum((0, 1))
+    summed = (magnitude * (admissible if alive is None else alive)).sum((0, 1))
     return summed / admissible.sum(0).clamp_min(1) if causal else summed
 
 
@@ -113,16 +120,23 @@ def prune_keys(weight: Tensor, admissible: Tensor, share: float, causal: bool, w
     return kept
 
 
-def prune_scores(magnitude: Tensor, remaining: Tensor, share: Fraction, where: str = "the attention") -> Tensor:
+def prune_scores(
+    magnitude: Tensor,
+    remaining: Tensor,
+    share: Fraction,
+    where: str = "the attention",
+    alive: Tensor | None = None,
+) -> Tensor:
     """The scores that are left, (heads, queries, keys), after a share of those with the least magnitude is cut.
 
-    The best score of each query is reserved first; then the count is met exactly.
+    The best score of each query is reserved first; then the count is met exactly, unless fewer are ``alive``.
 
     Raises:
         PlanError: fewer are to be left than there are queries.
     """
     visible = remaining.expand(magnitude.shape)
-    ranked = magnitude.masked_fill(~visible, -math.inf)
+    alive = visible if alive is None else visible & alive
+    ranked = _below_others(magnitude, alive).masked_fill(~visible, -math.inf)
     rows = visible.any(-1)
     best = ranked.argmax(-1, keepdim=True)
     ranked = ranked.scatter(-1, best, math.inf).masked_fill(~visible, -math.inf)
@@ -133,7 +147,12 @@ def prune_scores(magnitude: Tensor, remaining: Tensor, share: Fraction, where: s
             f"{where}: of {pairs} scores {left} would be left, fewer than the {int(rows.sum())} queries that need one "
             f"each; cut fewer scores"
         )
-    return _largest(ranked.flatten(), left).reshape(ranked.shape)
+    return _largest(ranked.flatten(), left).reshape(ranked.shape) & (ranked >= 0)
+
+
+def _below_others(magnitude: Tensor, alive: Tensor) -> Tensor:
+    """Magnitudes, those that were cut before below zero, in their own order."""
+    return torch.where(alive, magnitude, -1 / (1 + magnitude))
 
 
 class _BlockPruner:
@@ -142,11 +161,12 @@ class _BlockPruner:
     def __init__(self, block: int) -> None:
         self._block = block
 
-    def __call__(self, magnitude: Tensor, remaining: Tensor, share: Fraction, where: str) -> Tensor:
+    def __call__(self, magnitude: Tensor, remaining: Tensor, share: Fraction, where: str, alive: Tensor) -> Tensor:
         visible = remaining.expand(magnitude.shape)
-        sums = block_sums(magnitude * visible, self._block)
-        there = block_sums(visible.double(), self._block) > 0
-        ranked = sums.masked_fill(~there, -math.inf)
+        alive = visible & alive
+        there, living = (block_sums(part.double(), self._block) > 0 for part in (visible, alive))
+        weight, whole = (block_sums(magnitude * part, self._block) for part in (alive, visible))
+        ranked = _below_others(torch.where(living, weight, whole), living).masked_fill(~there, -math.inf)
         reserved = self._reserved(ranked, visible)
         count = int(there.sum())
         left = count - math.floor(share * count)
@@ -155,7 +175,8 @@ class _BlockPruner:
                 f"{where}: of {count} blocks of {self._block}×{self._block} scores {left} would be left, fewer than "
                 f"the {int(reserved.sum())} that leave every query a key; cut fewer scores, or take smaller blocks"
             )
-        kept = _largest(ranked.masked_fill(reserved, math.inf).flatten(), left).reshape(ranked.shape)
+        ranked = ranked.masked_fill(reserved, math.inf)
+        kept = _largest(ranked.flatten(), left).reshape(ranked.shape) & (ranked >= 0)
         return unblocked(kept, self._block, visible.shape) & visible
 
     def _reserved(self, ranked: Tensor, visible: Tensor) -> Tensor:
