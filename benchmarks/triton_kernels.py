@@ -91,7 +91,10 @@ def pretend_to_have_a_gpu() -> None:
 
 
 def interpret(block: int, dtype: torch.dtype, width: int, kv_heads: int, causal: bool) -> dict[str, Any]:
-    """Run one attention, two samples of four heads; the largest error, the side of its tiles (None for torch's own), and the source."""
+    """Run one attention, two samples of four heads.
+
+    Returns the largest error, the side of the tiles (None for torch's own), and the source of the kernel.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.reset()
