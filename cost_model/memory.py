@@ -67,9 +67,9 @@ def peak_bytes(
     return liveness.peak
 
 
-def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor on the CPU of the same layout."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+def _stand_in(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """A fake tensor of the same layout, on the CPU as a rule."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return made.requires_grad_() if tensor.requires_grad else made
 
 
@@ -137,7 +137,12 @@ class _Liveness(TorchDispatchMode):
         args, kwargs = pytree.tree_map_only(torch.Tensor, self._outside, given)
         if func is _ATEN.rand.default and not args[0]:
             return torch.tensor(1.0)  # LayerDrop draws it, and keeps the layer
-        result = self._integers.result(func, given, (args, kwargs))
+        try:
+            result = self._integers.result(func, given, (args, kwargs))
+        except RuntimeError:
+            if func._schema.is_mutable:
+                raise
+            result = _elsewhere(func, args, kwargs)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf.untyped_storage(), func is _MAP)
@@ -186,6 +191,12 @@ class _Liveness(TorchDispatchMode):
     def _give_back(self, key: int, block: int) -> None:
         self._known.discard(key)
         self._workspace.take_back(block)
+
+
+def _elsewhere(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The result of an operator that a CPU refuses, in a graph that was captured on another device."""
+    given = pytree.tree_map_only(torch.Tensor, lambda tensor: _stand_in(tensor, "meta"), (args, dict(kwargs)))
+    return pytree.tree_map_only(torch.Tensor, _stand_in, func(*given[0], **given[1]))
 
 
 class _Workspace:

@@ -189,3 +189,8 @@ class TestWhatCounts:
             model = torch.nn.Sequential(torch.nn.Linear(8, 10**6), torch.nn.Linear(10**6, 8))
             x = torch.empty(2, 8)
         assert peak_bytes(model, (x,), {}) == 4 * (2 * 10**6 + 2 * 8)
+
+    def test_an_operator_that_a_cpu_refuses(self):
+        """As in a graph that was captured on the meta device, of a model that asks which one it is on."""
+        model = Steps(torch.Tensor.int, lambda x: torch.histc(x, 50, 0, 49), torch.Tensor.float)
+        assert peak_bytes(model, (torch.ones(10, 10),), {}) == 400 + 200
