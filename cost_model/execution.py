@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..errors import InputError
 from ..frontend.capture import caches_off
 from ..frontend.guards import checker, excludes_one_value
 from ..frontend.untouched import untouched
@@ -38,9 +40,9 @@ class Execution:
             InputError: naming the input, the dimension and the condition.
         """
         check = checker(without_single_values(self.program).guards, self.program.call.leaves, self.program.name)
-        check(*self._tensors(shapes, "meta"))
-        inputs = ", ".join(f"{name} of {'×'.join(map(str, sizes))}" for name, sizes in shapes.items())
-        check_tables(self.program.name, self._tables, self._symbols(shapes), inputs)
+        with self._countable(shapes):
+            check(*self._tensors(shapes, "meta"))
+        check_tables(self.program.name, self._tables, self._symbols(shapes), _inputs_text(shapes))
 
     @functools.cached_property
     def _tables(self) -> tuple[Table, ...]:
@@ -56,6 +58,9 @@ class Execution:
         """The peak activation memory of a call at these sizes of the inputs; see `memory.peak_bytes`.
 
         A module that cannot be run without data is replaced by the graph that was captured of it.
+
+        Raises:
+            InputError: at sizes for which a tensor has more bytes than torch can count.
         """
         tensors = self._tensors(shapes, "meta")
         if self.model is not None:
@@ -65,7 +70,21 @@ class Execution:
                     return peak_bytes(self.model, args, kwargs, training=training)
             except Exception:  # whatever code of others does where there are no values
                 pass
-        return peak_bytes(self.program.module, tuple(tensors), {}, training=training)
+        with self._countable(shapes):
+            return peak_bytes(self.program.module, tuple(tensors), {}, training=training)
+
+    @contextlib.contextmanager
+    def _countable(self, shapes: Shapes) -> Iterator[None]:
+        """Turn what torch says of too many bytes into an error that says at which sizes."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise InputError(
+                f"{self.program.name}: at {_inputs_text(shapes)} a tensor would take more bytes than torch can count "
+                "(2^63). Give smaller sizes."
+            ) from error
 
     def _tensors(self, shapes: Shapes, device: str) -> list[torch.Tensor]:
         """The inputs in order, without data."""
@@ -98,6 +117,11 @@ def without_single_values(program: Program) -> Program:
     if not any(parameter.is_meta for parameter in program.module.parameters()):
         return program
     return dataclasses.replace(program, guards=tuple(g for g in program.guards if not excludes_one_value(g)))
+
+
+def _inputs_text(shapes: Shapes) -> str:
+    """Inputs with their sizes, for an error."""
+    return ", ".join(f"{name} of {'×'.join(map(str, sizes))}" for name, sizes in shapes.items())
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

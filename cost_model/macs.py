@@ -161,7 +161,7 @@ def _einsum(node: fx.Node) -> sympy.Expr:
     return einsum_macs(equation, [shape(operand) for operand in tensors], path)
 
 
-@_aten("_grouped_mm")
+@formula("aten._grouped_mm", "transformers.grouped_mm_fallback")
 def _grouped(node: fx.Node) -> sympy.Expr:
     """One product per group; a 2-D operand holds the groups side by side, so that its rows belong to one group each."""
     left, right = (shape(operand) for operand in operands(node)[:2])

@@ -1,8 +1,9 @@
 """Peak activation memory: every storage followed from the operator that makes it to the last reference to it.
 
 A model is run with fake tensors, which have sizes and no data, so that views, work in place, what a caller's variables
-keep alive and what autograd saves are as they are in the real run. What a CPU kernel allocates for itself, which is on
-no graph, comes from the formulas at the end.
+keep alive and what autograd saves are as they are in the real run. Positions and the like, integers that follow from
+sizes alone, have their values, for the branches that a model takes on them. What a CPU kernel allocates for itself,
+which is on no graph, comes from the formulas at the end.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..map_workspace import IDLE_BLOCKS, SMALLEST
 from .attention_blocks import KEY_BLOCK, query_block
+from .integers import Integers
+from .map_memory import before_scores, beside_scores, bytes_of, scores_bytes
 
 _ATEN = torch.ops.aten
+_MAP = torch.ops.fxreuse.map_in_workspace.default
 # Of convolutions on a CPU: the batch from which on one of a single tap goes to oneDNN; the elements of an input, and
 # the width of a kernel, above which one does; and the channels of an image that oneDNN takes as it is.
 _MANY, _UNFOLDED, _LARGE_KERNEL, _FEW_CHANNELS = 16, 20480, 3, 3
@@ -52,8 +58,8 @@ def peak_bytes(
         names = [*model.named_parameters(), *model.named_buffers()]
         tensors = {name: _stand_in(tensor) for name, tensor in names}
         given = pytree.tree_map_only(torch.Tensor, _stand_in, (args, dict(kwargs)))
-    liveness = _Liveness(fakes)
-    with _mode(model, training), _separate_operators(), torch.set_grad_enabled(training), fakes, liveness:
+    liveness, linear = _Liveness(fakes), _BiasInPlace()
+    with _mode(model, training), _separate_operators(), torch.set_grad_enabled(training), fakes, liveness, linear:
         result = torch.func.functional_call(model, tensors, *given, strict=False)
         if training:
             _backward(result)
@@ -61,9 +67,9 @@ def peak_bytes(
     return liveness.peak
 
 
-def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor on the CPU of the same layout."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+def _stand_in(tensor: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """A fake tensor of the same layout, on the CPU as a rule."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return made.requires_grad_() if tensor.requires_grad else made
 
 
@@ -96,6 +102,22 @@ def _separate_operators() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class _BiasInPlace(TorchFunctionMode):
+    """Adds the bias of a linear layer to the product in place, as torch does where no mode looks at it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.nn.functional.linear, _ATEN.linear.default):
+            return _linear(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(linear: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    flat = input.dim() == 2 or (input.dim() == 3 and input.is_contiguous())
+    return linear(input, weight, bias) if bias is None or flat else linear(input, weight).add_(bias)
+
+
 class _Liveness(TorchDispatchMode):
     """Sums the bytes of all storages that operators have made and that something still refers to."""
 
@@ -104,21 +126,43 @@ class _Liveness(TorchDispatchMode):
         self._fakes = fakes
         self._known: set[int] = set()
         self._workspace = _Workspace()
+        self._integers = Integers()
         self._held = 0
         self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(torch.Tensor, self._outside, (args, dict(kwargs or {})))
+        given = args, dict(kwargs or {})
+        args, kwargs = pytree.tree_map_only(torch.Tensor, self._outside, given)
         if func is _ATEN.rand.default and not args[0]:
             return torch.tensor(1.0)  # LayerDrop draws it, and keeps the layer
-        result = func(*args, **kwargs)
+        try:
+            result = self._integers.result(func, given, (args, kwargs))
+        except RuntimeError:
+            if func._schema.is_mutable:
+                raise
+            result = _elsewhere(func, args, kwargs)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._follow(leaf.untyped_storage(), func is torch.ops.fxreuse.map_in_workspace.default)
-        self.peak = max(self.peak, self._held + self._workspace.bytes + temporary_bytes(func, args, result))
+                self._follow(leaf.untyped_storage(), func is _MAP)
+        self._reach(temporary_bytes(func, args, result))
+        if func is _MAP and (scores := scores_bytes(args, result)):
+            self._use_scores(scores, beside_scores(args, result))
         return result
+
+    def _reach(self, more: int) -> None:
+        """The peak is what is held and this many bytes more, where that is the most so far."""
+        self.peak = max(self.peak, self._held + self._workspace.bytes + more)
+
+    def _use_scores(self, scores: int, beside: int) -> None:
+        """Scores are used for the time of an operator: in kept storage where they are of that size."""
+        if scores < SMALLEST:
+            self._reach(scores + beside)
+            return
+        block = self._workspace.lend(scores)
+        self._reach(beside)
+        self._workspace.take_back(block)
 
     def _outside(self, tensor: torch.Tensor) -> torch.Tensor:
         """An operand as a fake tensor; one that no operator has made was there before, and does not count."""
@@ -149,6 +193,12 @@ class _Liveness(TorchDispatchMode):
         self._workspace.take_back(block)
 
 
+def _elsewhere(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The result of an operator that a CPU refuses, in a graph that was captured on another device."""
+    given = pytree.tree_map_only(torch.Tensor, lambda tensor: _stand_in(tensor, "meta"), (args, dict(kwargs)))
+    return pytree.tree_map_only(torch.Tensor, _stand_in, func(*given[0], **given[1]))
+
+
 class _Workspace:
     """The blocks that attention maps are written into, as `fxreuse.map_workspace` keeps them."""
 
@@ -176,33 +226,36 @@ class _Workspace:
 def temporary_bytes(func: Any, args: tuple[Any, ...], result: Any) -> int:
     """What the CPU kernel of an operator allocates beside its result, as far as it is of any size.
 
-    The fused attention has a block of scores, and of results, for each thread (``FlashAttentionKernel.cpp`` of torch).
-    A stored map has the scaled query beside it, and query or key once more where their layout is not that of a batch of
-    matrices. The backward of a convolution has its input and the gradient of its result in blocks of channels; what
-    else oneDNN keeps for a grouped one is not counted.
+    The fused attention has a block of scores, and of results, for each thread (``FlashAttentionKernel.cpp`` of torch);
+    its backward a block of the map and one of the map's gradient. Of a stored map see `map_memory`. The backward of a
+    convolution has its input and the gradient of its result in blocks of channels; what else oneDNN keeps for a grouped
+    one is not counted.
     """
     if func is _ATEN.convolution.default:
         return _convolution_bytes(args, result)
     if func is _ATEN.convolution_backward.default:
-        return _bytes(args[0]) + _bytes(args[1])
+        return bytes_of(args[0]) + bytes_of(args[1])
     if func is _ATEN._scaled_dot_product_flash_attention_for_cpu.default:
         return _flash_bytes(args[0], args[1])
-    if func is torch.ops.fxreuse.map_in_workspace.default:
-        query, key = args[:2]
-        copies = [0 if _is_batch(operand) else _bytes(operand) for operand in (query, key)]
-        return _bytes(query) + max(copies)
-    return 0
+    if func is _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return _flash_backward_bytes(args[1], args[2])
+    return before_scores(args, result) if func is _MAP else 0
 
 
 def _convolution_bytes(args: tuple[Any, ...], result: torch.Tensor) -> int:
     """What a convolution allocates beside its result.
 
     oneDNN lays input, weight and result out in blocks of channels: first the copies of the former two are there, then
-    the result twice; an image of few channels stays as it is. Small convolutions unfold their input into columns, and
-    those of one tap do nothing of the kind on one thread (``ConvParams::use_mkldnn`` of torch).
+    the result twice; an image of few channels stays as it is. An image with its channels last stays so, and its weight
+    is made so. Small convolutions unfold their input into columns, and those of one tap do nothing of the kind on one
+    thread (``ConvParams::use_mkldnn`` of torch).
     """
     data, weight, _, stride, _, dilation = args[:6]
-    copied = 0 if data.is_contiguous() else _bytes(data)
+    last = suggest_memory_format(data) is torch.channels_last
+    if last:
+        copied = 0 if weight.is_contiguous(memory_format=torch.channels_last) else bytes_of(weight)
+    else:
+        copied = 0 if data.is_contiguous() else bytes_of(data)
     taps = weight.shape[2:].numel()
     plain = taps == 1 and set(stride) == set(dilation) == {1} and data.shape[0] < _MANY
     if plain and torch.get_num_threads() == 1:
@@ -211,12 +264,10 @@ def _convolution_bytes(args: tuple[Any, ...], result: torch.Tensor) -> int:
     large = data.shape[0] > 1 or data.numel() > _UNFOLDED or args[8] > 1 or wide
     if data.dtype == torch.float64 or not large:
         return copied + result.shape[2:].numel() * data.shape[0] * weight.shape[1] * taps * data.element_size()
-    blocked = _bytes(data) if data.shape[1] > _FEW_CHANNELS else 0
-    return copied + max(blocked + _bytes(weight), _bytes(result))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    if last:
+        return copied + bytes_of(weight)
+    blocked = bytes_of(data) if data.shape[1] > _FEW_CHANNELS else 0
+    return copied + max(blocked + bytes_of(weight), bytes_of(result))
 
 
 def _flash_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
@@ -226,10 +277,7 @@ def _flash_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
     return torch.get_num_threads() * per_thread * max(query.element_size(), 4)
 
 
-def _is_batch(tensor: torch.Tensor) -> bool:
-    """Whether a tensor (…, rows, columns) is a batch of matrices as it lies in memory."""
-    try:
-        tensor.view(-1, *tensor.shape[-2:])
-    except (RuntimeError, ValueError):
-        return False
-    return True
+def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
+    queries, keys = query.shape[-2], key.shape[-2]
+    rows = min(query_block(queries), queries)
+    return torch.get_num_threads() * rows * (2 * min(KEY_BLOCK, keys) + 1) * max(query.element_size(), 4)

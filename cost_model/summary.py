@@ -136,8 +136,8 @@ class Summary:
         for name, size in sizes.items():
             if name not in self.names.sizes:
                 raise InputError(f"There is no size {name!r} here. The sizes are: {self._sizes_text()}.")
-            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-                raise InputError(f"The size {name} is {size!r}, but has to be a whole number, 0 or more.")
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise InputError(f"The size {name} is {size!r}, but has to be a whole number, 1 or more.")
         return self._complete(solve((name, self.names.sizes[name], size) for name, size in sizes.items()))
 
     def at(self, **sizes: int) -> Numbers:
@@ -226,7 +226,7 @@ class Summary:
         """Every free size with its other names: ``B (or input_ids_0), T (or input_ids_1)``."""
         texts = []
         for name, symbol in self.symbols.items():
-            others = [other for other, size in self.names.sizes.items() if size == symbol and other != name]
+            others = [other for other in self.names.hints if self.names.sizes[other] == symbol and other != name]
             if name in self.relations:
                 continue
             texts.append(f"{name} (or {', '.join(others)})" if others else name)

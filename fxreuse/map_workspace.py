@@ -194,7 +194,7 @@ def _map_in_workspace(
             found.copy_(bias)
         _softmax_of_product(flat, left, right, biased=bias is not None)
     else:
-        step = max(1, _CHUNK // (queries * keys * query.element_size()))
+        step = scores_at_a_time(queries * keys * query.element_size())
         scores = _lend(torch.Size([min(step, len(flat)), queries, keys]), query.dtype)
         added = None if bias is None else bias.expand(shape)
         indices = list(itertools.product(*map(range, shape[:-2])))
@@ -208,6 +208,11 @@ def _map_in_workspace(
     if safe and bias is not None and flat[..., 0].isnan().any():
         found.masked_fill_((bias == -math.inf).all(-1, keepdim=True), 0)
     return found
+
+
+def scores_at_a_time(size: int) -> int:
+    """Of how many matrices of scores, of ``size`` bytes each, a part is made where a map has another dtype."""
+    return max(1, _CHUNK // size)
 
 
 def _softmax_of_product(scores: torch.Tensor, left: torch.Tensor, right: torch.Tensor, biased: bool) -> None:

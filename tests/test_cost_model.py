@@ -160,6 +160,17 @@ class TestOperators:
         node.meta["val"] = meta(7, 32)
         assert macs_of(node) == 7 * 16 * 32
 
+    def test_experts_of_transformers(self):
+        """Which go through an operator of that library where a graph is captured."""
+        width, middle, experts, layers, each = 32, 48, 3, 2, 2
+        config = transformers.MixtralConfig(
+            vocab_size=50, hidden_size=width, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=each,
+        )  # fmt: skip
+        summary = summarise(load_program(transformers.MixtralModel(config).eval(), torch.zeros(2, 5, dtype=torch.long)))
+        found = summary.counts.macs_by_op["transformers.grouped_mm_fallback"]
+        assert found == layers * each * 3 * width * middle * summary.symbols["B"] * summary.symbols["T"]
+
     @pytest.mark.parametrize(
         ("operator", "args"),
         [

@@ -11,11 +11,12 @@ from torch.nn import functional
 import fxreuse
 from fxreuse.checking.measure import peak_memory
 from fxreuse.cost_model.memory import peak_bytes
+from fxreuse.map_workspace import attention_map
 
 LENGTH = 300  # the maps of four heads take more than a MiB, so that they are in kept storage
 
 
-def measured(model: torch.nn.Module, *inputs: torch.Tensor, training: bool = False) -> int:
+def measured(model: torch.nn.Module, *inputs: torch.Tensor | None, training: bool = False) -> int:
     """The peak of one call."""
 
     def step() -> None:
@@ -79,6 +80,64 @@ class TestAgainstTheProfiler:
         data = torch.randn(batch, channels, length)
         assert peak_bytes(convolution, (data,), {}) == pytest.approx(measured(convolution, data), rel=0.02)
 
+    @pytest.mark.parametrize(
+        ("channels", "result", "kernel", "groups", "size"),
+        [(32, 32, 3, 32, 64), (32, 64, 1, 1, 32), (64, 64, 5, 64, 64), (32, 32, 7, 32, 8)],
+    )
+    def test_images_with_channels_last(self, channels, result, kernel, groups, size):
+        """As those that are made of tokens, (batch, height · width, channels)."""
+        convolution = torch.nn.Conv2d(channels, result, kernel, padding=kernel // 2, groups=groups)
+        model = Steps(lambda x: x.transpose(1, 2).unflatten(2, (size, size)), convolution)
+        data = torch.randn(2, size * size, channels)
+        assert peak_bytes(model, (data,), {}) == pytest.approx(measured(model, data), rel=0.02)
+
+    @pytest.mark.parametrize("length", [9, 300, 700])  # of three heads: unpooled; in kept storage; in two parts
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("mask", "is_causal"),
+        [(None, False), (None, True), ("keys", True), ("pairs", False), ("pairs", True), ("numbers", True)],
+    )
+    def test_a_stored_map(self, length, dtype, mask, is_causal):
+        class Mapped(torch.nn.Module):
+            def forward(self, query, key, mask):
+                return attention_map(query, key, mask, is_causal, 0.3, dtype=dtype)
+
+        masks = {
+            None: None,
+            "keys": torch.ones(2, 1, 1, length, dtype=torch.bool),
+            "pairs": torch.ones(2, 1, length, length, dtype=torch.bool),
+            "numbers": torch.zeros(1, 1, 1, length),
+        }
+        query, key = torch.randn(2, length, 3, 8).transpose(1, 2), torch.randn(2, 1, length, 8)
+        given = query, key, masks[mask]
+        assert peak_bytes(Mapped(), given, {}) == pytest.approx(measured(Mapped(), *given), rel=0.001, abs=64)
+
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1)])
+    def test_a_linear_layer_on_any_layout(self, order):
+        model = Steps(lambda x: x.permute(order), torch.nn.Linear(32, 64))
+        data = torch.randn([(2, 3, 5, 32)[order.index(dim)] for dim in range(4)])
+        assert peak_bytes(model, (data,), {}) == measured(model, data)
+
+    def test_the_backward_of_fused_attention(self):
+        attend = Steps(lambda x: functional.scaled_dot_product_attention(x, x, x).exp())
+        data = torch.randn(1, 1, 300, 8, requires_grad=True)
+
+        def step() -> None:
+            attend(data).sum().backward()
+            data.grad = None
+
+        assert peak_bytes(attend, (data,), {}, training=True) == pytest.approx(peak_memory(step), rel=0.05)
+
+    def test_branches_on_integers_that_follow_from_sizes(self):
+        class Masked(torch.nn.Module):
+            def forward(self, x):
+                places = torch.arange(len(x))
+                gaps = (places.diff() != 1).cumsum(0)
+                return x.exp() if (gaps == 0).all() else x @ (places[:, None] * places).float()
+
+        model, data = Masked(), torch.randn(200, 200)
+        assert peak_bytes(model, (data,), {}) == pytest.approx(measured(model, data), rel=0.05)
+
 
 class Steps(torch.nn.Module):
     """Applies functions one after the other."""
@@ -130,3 +189,8 @@ class TestWhatCounts:
             model = torch.nn.Sequential(torch.nn.Linear(8, 10**6), torch.nn.Linear(10**6, 8))
             x = torch.empty(2, 8)
         assert peak_bytes(model, (x,), {}) == 4 * (2 * 10**6 + 2 * 8)
+
+    def test_an_operator_that_a_cpu_refuses(self):
+        """As in a graph that was captured on the meta device, of a model that asks which one it is on."""
+        model = Steps(torch.Tensor.int, lambda x: torch.histc(x, 50, 0, 49), torch.Tensor.float)
+        assert peak_bytes(model, (torch.ones(10, 10),), {}) == 400 + 200

@@ -188,11 +188,18 @@ class TestSizes:
             ({"B": (1, 2), "T": (8, 16)}, "several for B and T"),
             ({"T": 2.5}, "T is 2.5"),
             ({"T": (8, -1)}, "T is -1"),
+            ({"B": 0}, "B is 0, but has to be a whole number, 1 or more"),
         ],
     )
     def test_errors(self, report, sizes, message):
         with pytest.raises(InputError, match=message):
             report(sizes=sizes)
+
+    @pytest.mark.parametrize("length", [10**12, 10**17])  # of a map's bytes, and of the input's
+    def test_more_bytes_than_can_be_counted(self, report, length):
+        found = report("2x2 lowering=materialize")
+        with pytest.raises(InputError, match=rf"x of 2×{length}×16 a tensor would take more bytes.*Give smaller sizes"):
+            print(found.after.at(B=2, T=length).peak_bytes)
 
     def test_devices(self, report):
         with pytest.raises(InputError, match=r"no device 'abacus'"):
@@ -234,6 +241,19 @@ class TestForms:
     def test_pictures_that_cannot_be(self, found, tmp_path):
         with pytest.raises(InputError, match=r"\.png or \.svg"):
             found.plot(tmp_path / "report.pdf")
+        with pytest.raises(InputError, match=r"no folder .*nowhere' to write report\.svg into"):
+            found.plot(tmp_path / "nowhere" / "report.svg")
+        (tmp_path / "folder.svg").mkdir()
+        with pytest.raises(InputError, match=r"folder\.svg' cannot be written \(Is a directory\)"):
+            found.plot(tmp_path / "folder.svg")
+
+    def test_pictures_of_one_size(self, report, tmp_path):
+        with pytest.raises(InputError, match=r"one size, .*give several of T: .* or --size T=8,16"):
+            report(sizes={"T": 8}).plot(tmp_path / "report.svg")
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        fixed = fxreuse.report(layer, "fiak", torch.randn(3, 10, 16), device="A100")
+        with pytest.raises(InputError, match=r"give several of B: .* or --size B=3,6"):
+            fixed.plot(tmp_path / "report.svg")
 
     def test_numbers_for_people(self):
         b, t = sympy.symbols("B T", integer=True, positive=True)
@@ -287,3 +307,19 @@ def test_command_line(tmp_path, capsys):
     assert picture.exists()
     with pytest.raises(SystemExit, match="2"):
         main(["report", "x.py:y", "--size", "T=many"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", "x.py:y", "--json", "--markdown"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "T=8", "--size", "T=16"], "T is given twice; several values go together: --size T=8,16"),
+        (["--plot", "picture.pdf"], r"ends in .png or .svg, found 'picture.pdf'"),
+        (["--plot", "nowhere/picture.png"], "no folder 'nowhere'"),
+    ],
+)
+def test_bad_options_are_said_before_anything_is_built(options, message, capsys):
+    assert main(["report", "nowhere.py:model", *options]) == 2
+    assert message in capsys.readouterr().err

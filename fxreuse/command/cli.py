@@ -18,7 +18,8 @@ from typing import Any
 
 import fxreuse
 
-from ..errors import FxReuseError
+from ..errors import FxReuseError, InputError
+from ..reports.cost_plot import check_picture, pyplot
 from ..reports.cost_tables import breakdown
 from ..reports.inspection import inspect_model
 from . import demo, model_spec
@@ -77,6 +78,10 @@ def _inspect(options: argparse.Namespace) -> bool:
 
 def _report(options: argparse.Namespace) -> bool:
     """Print what a model costs, and what a plan saves of it."""
+    if options.plot is not None:
+        check_picture(options.plot)
+        pyplot()
+    sizes = _sizes(options.sizes)
     with Progress() as progress:
         progress(f"building {options.model} without weights")
         loaded = model_spec.resolve(options.model, dict(options.set), without_weights=True)
@@ -86,20 +91,24 @@ def _report(options: argparse.Namespace) -> bool:
             options.plan,
             loaded.example_inputs,
             device=options.device,
-            sizes=_sizes(options.sizes),
+            sizes=sizes,
             target=options.target,
         )
         text = found.to_json() if options.json else found.to_markdown() if options.markdown else str(found)
-        if options.plot is not None:
-            found.plot(options.plot)
     print(text)
     if options.breakdown and not options.json:
         print(f"\n{breakdown(found, 'github' if options.markdown else 'simple')}")
+    if options.plot is not None:
+        found.plot(options.plot)
     return True
 
 
 def _sizes(given: Sequence[tuple[str, list[int]]]) -> dict[str, int | list[int]] | None:
     """Sizes as `fxreuse.report` takes them: several values as a list."""
+    names = [name for name, _ in given]
+    if twice := [name for name in names if names.count(name) > 1]:
+        values = ",".join(str(value) for name, values in given if name == twice[0] for value in values)
+        raise InputError(f"--size: {twice[0]} is given twice; several values go together: --size {twice[0]}={values}")
     return {name: values if len(values) > 1 else values[0] for name, values in given} or None
 
 
@@ -175,7 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--breakdown", action="store_true", help="the parts of the model, too")
     report.add_argument("--plot", metavar="FILE", type=Path, help="draw MACs, memory and latency into a .png or .svg")
-    report.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     report.set_defaults(run=_report)
 
     verify = commands.add_parser("verify", help="apply a plan, then measure the result against the original")
@@ -203,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="a field of the config or an argument of the factory, such as num_hidden_layers=12; repeatable",
         )
-    for command in (inspect, report, verify, demonstrate):
+    for command in (inspect, form, verify, demonstrate):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 

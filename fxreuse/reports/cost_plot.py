@@ -20,10 +20,7 @@ def draw(report: CostReport, path: Path) -> None:
     check_picture(path)
     columns = report.columns()
     if len(set(columns)) < 2:
-        raise InputError(
-            f"plot: the report shows one size ({report.running} = {columns[0]}), which gives no curve; "
-            f"give several: sizes={{{report.running!r}: (128, 256, 512)}}"
-        )
+        raise InputError(f"plot: the report shows one size, which gives no curve; {_several(report)}")
     plots = pyplot()
     rows = [row for row in report.rows if row.name.startswith(_DRAWN)]
     lines = -(-len(rows) // _WIDE)
@@ -36,8 +33,22 @@ def draw(report: CostReport, path: Path) -> None:
     fixed = ", ".join(f"{name} = {size:,}" for name, size in report.fixed().items() if name != report.running)
     plan = f", plan {report.plan}" if report.plan else ""
     figure.suptitle(f"{report.model}{plan}" + (f", {fixed}" if fixed else ""))
-    figure.savefig(path, dpi=150)
-    plots.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"plot: {str(path)!r} cannot be written ({error.strerror}); give another file") from error
+    finally:
+        plots.close(figure)
+
+
+def _several(report: CostReport) -> str:
+    """What to do where a report shows one size."""
+    free = [name for name in report.before.symbols if name not in report.before.relations]
+    name = report.running if report.running in report.before.names.sizes else next(iter(free), None)
+    if name is None:
+        return "the model has no free size"
+    size = report.numbers[0][0].sizes[name]
+    return f"give several of {name}: sizes={{{name!r}: ({size}, {2 * size})}}, or --size {name}={size},{2 * size}"
 
 
 def _panel(axis: Any, report: CostReport, row: Row, columns: list[int]) -> None:
@@ -55,9 +66,11 @@ def _panel(axis: Any, report: CostReport, row: Row, columns: list[int]) -> None:
 
 
 def check_picture(path: Path) -> None:
-    """Raise InputError for a file that is no picture."""
+    """Raise InputError for a file that is no picture, or in a folder that is not there."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise InputError(f"plot: expected a file that ends in .png or .svg, found {str(path)!r}")
+    if not path.parent.is_dir():
+        raise InputError(f"plot: there is no folder {str(path.parent)!r} to write {path.name} into")
 
 
 def pyplot() -> Any:
