@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from ..errors import InputError
 from ..priors.pruning import SitePruning
@@ -263,8 +264,27 @@ def summarise(
     211200
     """
     counts = count(program, parts, pruned)
+    if whole := _whole_quotients(counts):
+        counts = counts.replaced(whole)
     names = names_of(program, counts.maps, counts.macs.free_symbols | counts.map_bytes.free_symbols)
     counts = counts.replaced(names.symbols)
     if names.derived:
         counts = counts.replaced(names.derived)
     return Summary(counts, names, Execution(program, model), example_sizes)
+
+
+def _whole_quotients(counts: Counts) -> dict[sympy.Expr, sympy.Expr]:
+    """What sizes that a capture wrote as ``T²//T``, rounded down where nothing is left over, are without rounding."""
+    sizes = {size for operation in counts.operations for shape in operation.shapes for size in shape}
+    divisions = {floor: sympy.cancel(floor.args[0] / floor.args[1]) for floor in _floors(sizes)}
+    return {floor: quotient for floor, quotient in divisions.items() if _is_whole(quotient)}
+
+
+def _floors(sizes: Iterable[sympy.Expr]) -> set[sympy.Expr]:
+    return {floor for size in sizes for floor in size.atoms(FloorDiv)}
+
+
+def _is_whole(quotient: sympy.Expr) -> bool:
+    """Whether an expression is made of whole numbers by sums and products."""
+    free = quotient.free_symbols
+    return bool(free) and quotient.is_polynomial(*free) and all(c.is_Integer for c in sympy.Poly(quotient).coeffs())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -161,6 +162,22 @@ class TestParts:
         assert decoding.macs_before == (b * new * full + 2 * LAYERS * D * b * new * (new + past)).expand()
         assert decoding.kv_bytes_per_token_before == 4 * LAYERS * 2 * D
         assert decoding.kv_bytes_per_token_after == 4 * (LAYERS + 2) * D
+
+    def test_decoding_where_a_capture_divides_lengths(self):
+        """BLOOM's keys have a length of T²//T in the graph."""
+        config = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2)
+        found = fxreuse.report(transformers.BloomModel(config), None, torch.zeros(2, 7, dtype=torch.long))
+        past, new = sympy.symbols("S n", integer=True, positive=True)
+        b = found.before.symbols["B"]
+        assert found.decoding.macs_before == (2 * (12 * 16**2 * b * new + 2 * 16 * b * new * (new + past))).expand()
+        assert "//" not in str(found.before.macs + found.before.bytes_moved)
+
+    def test_work_by_blocks_of_tokens_has_no_decode_step(self):
+        class Blocks(Model):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(super().forward(x)[:, ::4, :1].expand(-1, -1, D))
+
+        assert fxreuse.report(Blocks().eval(), None, torch.randn(2, 9, D)).decoding is None
 
 
 class TestSizes:

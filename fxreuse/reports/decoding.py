@@ -15,6 +15,8 @@ from ..record import Record
 
 #: The tokens of the past, and those that are new.
 PAST, NEW = sympy.symbols("S n", integer=True, positive=True)
+# What is done in a step of work that a whole sequence takes T⁰, T¹ and T² times.
+_PER_POWER = {0: sympy.Integer(1), 1: NEW, 2: NEW * (NEW + PAST)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ def decoding(before: Summary, after: Summary, sites: Sequence[AttentionSite], re
     tokens = before.symbols.get("T")
     if not causal or tokens is None or before.relations or set(before.symbols) - {"B", "T"}:
         return None
+    if not all(_by_token(summary.macs, tokens) for summary in (before, after)):
+        return None
     items = {found.itemsize for found in before.counts.maps}
     if len(items) != 1:
         return None
@@ -71,8 +75,12 @@ def _widths(record: Record | None) -> dict[str, int]:
     return dict(zip(dict.fromkeys(reused), (step.values for step in steps), strict=True))
 
 
+def _by_token(macs: sympy.Expr, tokens: sympy.Symbol) -> bool:
+    """Whether work is done token by token and pair by pair, and not by blocks of tokens."""
+    return bool(macs.is_polynomial(tokens)) and sympy.degree(macs, tokens) <= max(_PER_POWER)
+
+
 def _step(macs: sympy.Expr, tokens: sympy.Symbol) -> sympy.Expr:
     """The multiply-accumulates of a step, from those of a whole sequence of length T."""
     in_tokens = sympy.Poly(macs, tokens)
-    per_power = {0: sympy.Integer(1), 1: NEW, 2: NEW * (NEW + PAST)}
-    return sympy.expand(sympy.Add(*(factor * per_power[power] for (power,), factor in in_tokens.terms())))
+    return sympy.expand(sympy.Add(*(factor * _PER_POWER[power] for (power,), factor in in_tokens.terms())))
