@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxreuse
 from fxreuse.command.cli import main
 from fxreuse.cost_model import Device
+from fxreuse.cost_model.presets import SERVER_CPU
 from fxreuse.errors import InputError
 from fxreuse.reports import cost_tables
 from fxreuse.reports.cost_report import CostReport
@@ -223,6 +224,16 @@ class TestSizes:
             report(device="abacus")
         with pytest.raises(InputError, match="float32"):
             report(device=dataclasses.replace(Device.preset("A100"), dtypes={}))
+
+    @pytest.mark.parametrize(
+        ("device", "wanted"),
+        [(Device.preset("A100"), "recompute"), (dataclasses.replace(SERVER_CPU, score=1e-6), "materialize")],
+        ids=["accelerator", "slow softmax"],
+    )
+    def test_lowerings_are_chosen_for_the_device(self, report, device, wanted):
+        chosen = report("2x2", device=device)
+        assert {decision.lowering for decision in chosen.record.decisions} == {wanted}
+        assert chosen.after.macs == report(f"2x2 lowering={wanted}", device=device).after.macs
 
 
 class TestForms:
