@@ -23,6 +23,7 @@ from .frontend.inputs import normalise as normalise_inputs
 from .frontend.lengths import bound_lengths
 from .frontend.load import load_program
 from .frontend.target import captured_inputs
+from .passes.meant_for import meant_for
 from .plans.plan import Plan
 from .plans.plan_fiak import Fiak
 from .program import Program
@@ -51,9 +52,9 @@ def report(
         plan: such as ``"4x4"``, see `Plan`; without one the report is of the model alone.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; inferred where left
             out.
-        device: what latency is predicted for: ``"cpu"`` measures this machine once, ``"A100"`` and the like are known
-            (see `cost_model.Device`). Where left out, a GPU that the model is on, or else a CPU: this one, if it was
-            measured, and otherwise a typical one.
+        device: what latency is predicted for, and what lowerings that the plan leaves open are chosen for: ``"cpu"``
+            measures this machine once, ``"A100"`` and the like are known (see `cost_model.Device`). Where left out, a
+            GPU that the model is on, or else a CPU: this one, if it was measured, and otherwise a typical one.
         sizes: the sizes that the report shows, by name: ``{"B": 1, "T": (128, 512)}``; one of them may have several
             values. Where left out, ``B`` is the example's batch (1 where there is no example) and ``T`` runs over
             `LENGTHS`; other lengths are as ``T``.
@@ -94,7 +95,8 @@ def report(
     before = summarise(program, shapes, parts=parts, model=original)
     after, record = before, None
     if parsed is not None:
-        small = _pruned(rewrite(program, sites, parsed, model, example_inputs), parsed)
+        with meant_for(where):
+            small = _pruned(rewrite(program, sites, parsed, model, example_inputs), parsed)
         record = small.record
         followers = [decision.site for decision in record.decisions if decision.action == "follow"]
         after = summarise(small.program, shapes, parts=parts.following(followers), pruned=record.pruned, model=small)

@@ -16,6 +16,7 @@ from fxreuse.program import Program
 from fxreuse.tree import reads
 
 from .fused import Fused
+from .meant_for import intended
 
 # Lengths that stand for those that are free in the graph.
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -33,8 +34,8 @@ def choose_lowering(program: Program, sites: Sequence[AttentionSite], leaders: S
     it has been measured, and otherwise on a typical one. Batch and lengths are free in the graph, and the choice is
     made once: it is the lowering that loses least where it loses most, over lengths from 128 to 4096. The example's
     sizes decide whether a map is small enough to be stored. On an accelerator the map is stored where the
-    model has it in memory anyway. Whether the lowering can express the stack is not asked here: `reuse` takes the other
-    one where this one is refused.
+    model has it in memory anyway. The device is that of the model, or the one that is meant (`meant_for`). Whether the
+    lowering can express the stack is not asked here: `reuse` takes the other one where this one is refused.
 
     Arguments:
         program: the program as it is before the pass; it is not changed.
@@ -49,22 +50,23 @@ def choose_lowering(program: Program, sites: Sequence[AttentionSite], leaders: S
     sizes, size = max(
         ((_example(program, site), _map_bytes(program, site)) for site in leading), key=lambda pair: pair[1]
     )
-    memory = _memory(device)
+    meant = intended()
+    kind, called = (device.type, device.type) if meant is None else (meant.kind, meant.name)
+    memory = _memory(device) if kind == device.type else None
     stored = f"a map takes {_readable(size)} at the example's sizes ({'×'.join(map(str, sizes))})"
     if memory is not None and size > _LARGEST_PART * memory:
         part = f"more than a quarter of the {_readable(memory)} of {device.type}"
         return "recompute", f"{stored}, {part}, and is not stored"
-    if device.type not in ("cpu", "meta"):
+    if kind not in ("cpu", "meta"):
         if leading[0].fused:
-            return "recompute", f"on {device.type} the fused kernel needs no map in memory"
+            return "recompute", f"on {called} the fused kernel needs no map in memory"
         return "materialize", f"the model computes this map unfused; {stored}"
-    return _cheaper_on_cpu(program, sites, leaders, stored)
+    return _cheaper_on_cpu(program, sites, leaders, meant or Device.typical_cpu(), stored)
 
 
 def _cheaper_on_cpu(
-    program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], size: str
+    program: Program, sites: Sequence[AttentionSite], leaders: Sequence[int], device: Device, size: str
 ) -> tuple[str, str]:
-    device = Device.typical_cpu()
     times = {}
     for length in _lengths(sites[leaders[0]]):
         groups = [

@@ -9,6 +9,8 @@ from fxreuse.cost_model.residual_time import ResidualMatrix
 from fxreuse.errors import InputError, UnsupportedError
 from fxreuse.layouts.projections import Projection, hints
 
+from .meant_for import intended
+
 # An accelerator that the cost model has no figures for counts as this one.
 _LIKE_MANY = "A100"
 
@@ -29,7 +31,7 @@ def choose_lowering(projection: Projection, rank: int, diagonal: bool) -> tuple[
     shape = hints(value)
     inputs, outputs = len(projection.columns), len(projection.rows)
     tokens = torch.Size(shape).numel() // max(shape[projection.input_feature], 1)
-    device = _device(value.device)
+    device = intended() or _device(value.device)
     dtype = value.dtype if str(value.dtype).removeprefix("torch.") in device.dtypes else torch.float32
     matrix = ResidualMatrix(tokens, inputs, outputs, rank, diagonal, dtype)
     factored, merged = matrix.factored(device), matrix.merged(device)

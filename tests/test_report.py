@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxreuse
 from fxreuse.command.cli import main
 from fxreuse.cost_model import Device
+from fxreuse.cost_model.presets import SERVER_CPU
 from fxreuse.errors import InputError
 from fxreuse.reports import cost_tables
 from fxreuse.reports.cost_report import CostReport
@@ -224,6 +227,16 @@ class TestSizes:
         with pytest.raises(InputError, match="float32"):
             report(device=dataclasses.replace(Device.preset("A100"), dtypes={}))
 
+    @pytest.mark.parametrize(
+        ("device", "wanted"),
+        [(Device.preset("A100"), "recompute"), (dataclasses.replace(SERVER_CPU, score=1e-6), "materialize")],
+        ids=["accelerator", "slow softmax"],
+    )
+    def test_lowerings_are_chosen_for_the_device(self, report, device, wanted):
+        chosen = report("2x2", device=device)
+        assert {decision.lowering for decision in chosen.record.decisions} == {wanted}
+        assert chosen.after.macs == report(f"2x2 lowering={wanted}", device=device).after.macs
+
 
 class TestForms:
     def test_text(self, found):
@@ -245,6 +258,20 @@ class TestForms:
         assert data["after"]["macs"] == str(found.after.macs)
         assert data["rows"][0]["before"] == list(found.rows[0].before)
         assert data["sizes"] == [{"B": 1, "T": 8}, {"B": 1, "T": 32}]
+
+    def test_every_key_of_the_json_is_documented(self, found):
+        page = (Path(__file__).parents[1] / "docs" / "cost_model.md").read_text(encoding="utf-8")
+        lists = page.split("| key |")[1].split("\n\n")[0]
+
+        def keys(data: Any) -> set[str]:
+            if isinstance(data, list):
+                return set().union(*map(keys, data))
+            return set(data).union(*map(keys, data.values())) if isinstance(data, dict) else set()
+
+        data = json.loads(found.to_json()) | {"relations": {}, "sizes": []}  # whose keys are names of sizes
+        for when in ("before", "after"):
+            data[when] |= {"weights": {}, "macs_by_kind": {}}  # of dtypes and of kinds
+        assert keys(data) <= set(re.findall(r"`(\w+)`", lists))
 
     @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
     def test_picture(self, found, tmp_path, suffix, start):

@@ -74,10 +74,10 @@ def bytes_text(size: float) -> str:
 def time_text(seconds: float) -> str:
     """A time for people.
 
-    >>> time_text(0.0123), time_text(0.9996), time_text(2.5)
-    ('12.3 ms', '1.00 s', '2.50 s')
+    >>> time_text(0.0123), time_text(0.013), time_text(0.238), time_text(0.9996), time_text(2.5)
+    ('12.3 ms', '13.0 ms', '238 ms', '1.00 s', '2.50 s')
     """
-    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.2f} s" if seconds >= 0.9995 else f"{1e3 * seconds:#.3g}".rstrip(".") + " ms"
 
 
 def count_text(number: float) -> str:
