@@ -213,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="a field of the config or an argument of the factory, such as num_hidden_layers=12; repeatable",
         )
-    for command in (inspect, form, verify, demonstrate):
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    for options in (inspect, form, verify, demonstrate):
+        options.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
