@@ -43,18 +43,24 @@ class _Dimension:
     hint: int | None
 
 
-def names_of(program: Program, maps: Sequence[AttentionMap], others: Iterable[sympy.Symbol] = ()) -> Names:
+def names_of(
+    program: Program,
+    maps: Sequence[AttentionMap],
+    others: Iterable[sympy.Symbol] = (),
+    same: Mapping[sympy.Symbol, sympy.Symbol] | None = None,
+) -> Names:
     """Name the sizes of a program.
 
     Arguments:
         program: the program whose inputs give the names.
         maps: its attention maps, which tell tokens from other sizes.
         others: further symbols to name, which may be of no input.
+        same: the symbols that have to equal others, with those: they go by the names of these.
     """
     placeholders = dict(
         zip((leaf.name for leaf in program.call.leaves), program.graph.find_nodes(op="placeholder"), strict=True)
     )
-    dimensions = [dimension for leaf, node in placeholders.items() for dimension in _dimensions(leaf, node)]
+    dimensions = [dimension for leaf, node in placeholders.items() for dimension in _dimensions(leaf, node, same or {})]
     symbols = _readable(dimensions, maps, others)
     sizes: dict[str, sympy.Expr] = {str(symbol): symbol for symbol in symbols.values()}
     for old, symbol in symbols.items():
@@ -66,7 +72,10 @@ def names_of(program: Program, maps: Sequence[AttentionMap], others: Iterable[sy
     return Names(
         symbols,
         sizes,
-        inputs={leaf: tuple(size.xreplace(symbols) for size in shape(node)) for leaf, node in placeholders.items()},
+        inputs={
+            leaf: tuple(size.xreplace(same or {}).xreplace(symbols) for size in shape(node))
+            for leaf, node in placeholders.items()
+        },
         hints={dimension.name: dimension.hint for dimension in dimensions if dimension.hint is not None},
         derived=_derived(sizes["T"]) if "T" in sizes else {},
     )
@@ -86,13 +95,13 @@ def _derived(tokens: sympy.Expr) -> dict[sympy.Expr, sympy.Expr]:
     return {inner: (sympy.Symbol("T", integer=True, positive=True) - constant) / factor}
 
 
-def _dimensions(leaf: str, node: fx.Node) -> list[_Dimension]:
+def _dimensions(leaf: str, node: fx.Node, same: Mapping[sympy.Symbol, sympy.Symbol]) -> list[_Dimension]:
     hints = [
         size.node.hint if isinstance(size, torch.SymInt) and size.node.has_hint() else None
         for size in tensor(node).shape
     ]
     return [
-        _Dimension(f"{_identifier(leaf)}_{index}", index, size, hint)
+        _Dimension(f"{_identifier(leaf)}_{index}", index, size.xreplace(same), hint)
         for index, (size, hint) in enumerate(zip(shape(node), hints, strict=True))
     ]
 

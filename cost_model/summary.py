@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..priors.pruning import SitePruning
 from ..program import Program
 from .count import Counts, count
+from .equal_sizes import equal_sizes
 from .execution import Execution
 from .names import Names, names_of
 from .operations import Operation
@@ -266,7 +267,9 @@ def summarise(
     counts = count(program, parts, pruned)
     if whole := _whole_quotients(counts):
         counts = counts.replaced(whole)
-    names = names_of(program, counts.maps, counts.macs.free_symbols | counts.map_bytes.free_symbols)
+    if same := equal_sizes(program):
+        counts = counts.replaced(same)
+    names = names_of(program, counts.maps, counts.macs.free_symbols | counts.map_bytes.free_symbols, same)
     counts = counts.replaced(names.symbols)
     if names.derived:
         counts = counts.replaced(names.derived)

@@ -215,6 +215,17 @@ class TestSizes:
         with pytest.raises(InputError, match=message):
             report(sizes=sizes)
 
+    def test_batches_that_have_to_be_equal_are_one(self):
+        """`torch.nn.TransformerDecoder` fails on a memory of another batch."""
+        layer = torch.nn.TransformerDecoderLayer(D, HEADS, F, batch_first=True)
+        decoder = torch.nn.TransformerDecoder(layer, 2).eval()
+        given = torch.randn(2, 7, D), torch.randn(2, 11, D)
+        found = fxreuse.report(decoder, None, given, sizes={"B": 4, "T": (8, 16)}, device="A100")
+        assert found.at == ({"B": 4, "T": 8, "memory_1": 8}, {"B": 4, "T": 16, "memory_1": 16})
+        assert found.before.at(memory_0=3, T=5, memory_1=4) == found.before.at(B=3, T=5, memory_1=4)
+        with pytest.raises(InputError, match="memory_0 = 3 does not fit: it is 4, fixed by B"):
+            found.before.at(B=4, memory_0=3, T=5, memory_1=4)
+
     @pytest.mark.parametrize("length", [10**12, 10**17])  # of a map's bytes, and of the input's
     def test_more_bytes_than_can_be_counted(self, report, length):
         found = report("2x2 lowering=materialize")
