@@ -15,7 +15,8 @@ _SIZE = re.compile(r"size\(\"([^\"]*)\", (\d+)\)")
 def equal_sizes(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
     """For every symbol that has to equal one of an earlier dimension of the inputs, that one.
 
-    A guard counts where it is an equation of products that no size of 1 or more fulfils otherwise: 24·a·b = 24·a·c.
+    A guard counts where it is an equation of products of them that nothing but an empty tensor fulfils otherwise:
+    24·a·b = 24·a·c, where a may be the number of frames of some samples.
     """
     nodes = zip(program.call.leaves, program.graph.find_nodes(op="placeholder"), strict=True)
     sizes = {(leaf.name, dim): size for leaf, node in nodes for dim, size in enumerate(shape(node))}
@@ -34,14 +35,14 @@ def _equal_pair(guard: Guard, sizes: dict[tuple[str, int], sympy.Expr]) -> tuple
     names = {key: sympy.Symbol(f"s{place}", positive=True) for place, key in enumerate(sizes)}
     text = _SIZE.sub(lambda found: str(names.get((found[1], int(found[2])), found[0])), guard.source)
     sides = text.split(" == ")
-    if len(sides) != 2 or not all(re.fullmatch(r"[\ds*()]+", side) for side in sides):
+    if len(sides) != 2 or not all(re.fullmatch(r"[\ds*()/+ -]+", side) for side in sides):
         return None
     known = {str(symbol): symbol for symbol in names.values()}
     left, right = (sympy.parse_expr(side, local_dict=known) for side in sides)
     values = {symbol: sizes[key] for key, symbol in names.items()}
     factors = sympy.Mul.make_args(sympy.factor((left - right).xreplace(values)))
-    others = [factor for factor in factors if not (factor.is_number or factor.as_base_exp()[0].is_Symbol)]
-    return _difference(others[0]) if len(others) == 1 else None
+    pairs = [pair for factor in factors if (pair := _difference(factor)) is not None]
+    return pairs[0] if len(pairs) == 1 else None
 
 
 def _difference(expression: sympy.Expr) -> tuple[sympy.Symbol, sympy.Symbol] | None:

@@ -226,6 +226,20 @@ class TestSizes:
         with pytest.raises(InputError, match="memory_0 = 3 does not fit: it is 4, fixed by B"):
             found.before.at(B=4, memory_0=3, T=5, memory_1=4)
 
+    def test_the_batch_of_frames_is_that_of_their_samples(self):
+        class Listening(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.frames = torch.nn.Conv1d(1, D, 10, 5)
+                self.attend = torch.nn.MultiheadAttention(D, HEADS, batch_first=True)
+
+            def forward(self, samples: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+                frames = self.frames(samples[:, None]).transpose(1, 2)
+                return self.attend(queries, frames, frames, need_weights=False)[0]
+
+        found = fxreuse.report(Listening().eval(), None, (torch.randn(2, 501), torch.randn(2, 5, D)), device="A100")
+        assert set(found.before.symbols) == {"B", "T", "samples_1"}
+
     @pytest.mark.parametrize("length", [10**12, 10**17])  # of a map's bytes, and of the input's
     def test_more_bytes_than_can_be_counted(self, report, length):
         found = report("2x2 lowering=materialize")
